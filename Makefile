@@ -1,0 +1,47 @@
+# The two commands that need nothing but Python and make:
+#   make sample PROMPT="a red apple"   draw a picture with the model in the box
+#   make test                          every check that CI makes
+PYTHON ?= python3
+PROMPT ?= a red apple
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+INSTALLED_DEV := .venv/.installed-dev
+
+# As it was typed, quotes and dollars included; the shell takes it from its environment.
+export LATENTDIFF_PROMPT := $(value PROMPT)
+unexport PROMPT
+
+.PHONY: help sample test format
+help:
+	@sed -n 's/^#   //p' Makefile
+
+sample: $(INSTALLED)
+	@$(BIN)/latentdiff sample --prompt "$$LATENTDIFF_PROMPT"
+
+test: $(INSTALLED_DEV)
+	@echo "== format"
+	@$(BIN)/ruff format --check .
+	@echo "== lint and docstrings"
+	@$(BIN)/ruff check .
+	@echo "== types"
+	@$(BIN)/pyright
+	@echo "== import contract"
+	@$(BIN)/lint-imports
+	@echo "== tests"
+	@$(BIN)/pytest
+
+format: $(INSTALLED_DEV)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("latentdiff needs Python 3.11 or newer; this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+$(INSTALLED): pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+$(INSTALLED_DEV): pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch $@ $(INSTALLED)

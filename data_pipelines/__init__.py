@@ -1,0 +1,1 @@
+"""What do the data parts hold? Tars, their index, and the way from both to batches; no models."""

@@ -1,0 +1,150 @@
+"""What does the shell command `latentdiff` do: which commands, loaded when, failing how?"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from latentdiff import __version__
+
+DEBUG_VARIABLE = "LATENTDIFF_DEBUG"  # set to 1 for the traceback of an error
+_OUR_PACKAGES = ("latentdiff", "vae", "data_pipelines")
+_QUIET_ENVIRONMENT = {  # what the user has set stays
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DIFFUSERS_VERBOSITY": "error",
+    "DIFFUSERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class _Entry(NamedTuple):
+    """Where a command is, and what `--help` says of it before it is imported."""
+
+    target: str  # module:function, or module:app of a command with commands of its own
+    summary: str
+
+
+COMMANDS = {
+    "sample": _Entry("latentdiff.cli.sample:sample", "Draw pictures from text prompts."),
+    "train": _Entry("latentdiff.cli.train:train", "Train a model from a config."),
+    "vae": _Entry("latentdiff.cli.vae:app", "Train and judge autoencoders: train, reconstruct."),
+    "data": _Entry("latentdiff.cli.data:app", "Make and look at data: emoji, make, show."),
+    "config": _Entry("latentdiff.cli.config:config", "Print a config with every default resolved."),
+}
+
+
+class _LazyGroup(TyperGroup):
+    """Commands from the table above: listed without an import, imported when one is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, placeholder, rest = super().resolve_command(ctx, args)
+        return name, placeholder and _import_command(str(name)), rest
+
+
+def _import_command(name: str) -> Any:
+    """Imports a command's module and returns the command itself."""
+    module, _, attribute = COMMANDS[name].target.partition(":")
+    target = getattr(import_module(module), attribute)
+    if isinstance(target, typer.Typer):
+        return typer.main.get_group(target)
+    alone = typer.Typer(add_completion=False)
+    alone.command(name)(target)
+    return typer.main.get_command(alone)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"latentdiff {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Train, fine-tune and sample text-to-image diffusion models.
+
+    Example: latentdiff sample --prompt "a red apple"
+    """
+
+
+def _build() -> TyperGroup:
+    """Builds the root command, with a placeholder for every command that is not yet imported."""
+    app = typer.Typer(cls=_LazyGroup, add_completion=False)
+    app.callback()(_root)
+    group = typer.main.get_group(app)
+    for name, entry in COMMANDS.items():
+        group.add_command(TyperCommand(name, help=entry.summary))
+    return group
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C.
+
+    A mistake (a wrong option, any ValueError or OSError) is told in one line on stderr.
+    """
+    try:
+        code = _build().main(list(arguments) or ["--help"], "latentdiff", standalone_mode=False)
+    except typer.TyperException as error:  # a wrong option or argument
+        context, message = getattr(error, "ctx", None), error.format_message().strip()
+        if not message:  # a command with commands of its own, alone: typer has printed its help
+            return error.exit_code
+        hint = f" (see {context.command_path} --help)" if context else ""
+        return _fail(error, f"{message}{hint}", error.exit_code)
+    except typer.Abort as error:
+        return _fail(error, "stopped", 130)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(error, f"{place}{error.strerror}" if error.strerror else str(error))
+    except ValueError as error:
+        return _fail(error, str(error))
+    if code == 130:  # typer's word for Ctrl-C
+        print("\nstopped", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(error: BaseException, message: str, code: int = 2) -> int:
+    """Prints one error, and where it came from if the user asks to debug."""
+    if os.environ.get(DEBUG_VARIABLE) == "1":
+        raise error
+    lines = message.strip().splitlines() or [type(error).__name__]
+    print("\n       ".join(["error: " + lines[0], *lines[1:]]), file=sys.stderr)
+    return code
+
+
+def quiet_libraries() -> None:
+    """Silences other libraries' advice, warnings and progress bars; our own warnings stay."""
+    for variable, value in _QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
+    for package in _OUR_PACKAGES:
+        logging.getLogger(package).setLevel(logging.INFO)
+    if not sys.warnoptions:  # python -W and PYTHONWARNINGS have the last word
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=rf"({'|'.join(_OUR_PACKAGES)})(\.|\Z)")
+        warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Any, *_: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    """Runs the shell's command line; the entry point of `latentdiff`."""
+    quiet_libraries()
+    sys.exit(run(sys.argv[1:]))

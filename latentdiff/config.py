@@ -1,0 +1,306 @@
+"""What is a run? Every run's config, and `load(path, overrides)`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+from data_pipelines.config import DataConfig
+from latentdiff.configfile import load_config
+from vae.config import AutoencoderConfig, IdentityConfig, KLConfig, ObjectiveConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OptimizerConfig(_Frozen):
+    """AdamW with linear warm-up, then constant, cosine or linear decay to `final_lr_ratio * lr`."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_steps: int = Field(default=500, ge=0)
+    decay: Literal["constant", "cosine", "linear"] = "cosine"
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+
+
+class EmaConfig(_Frozen):
+    """Average of the weights: decay min(decay, (1 + n) / (10 + n)) at update n."""
+
+    decay: float = Field(default=0.9999, ge=0, lt=1)
+
+
+class LoopConfig(_Frozen):
+    """How long, how much at a time, and what is written how often (in optimiser steps).
+
+    Attributes:
+        num_steps: optimiser steps.
+        batch_size: samples a step.
+        accumulation: micro-batches a step; divides batch_size.
+        precision: bf16 runs the networks under autocast; weights and optimiser stay float32.
+        device: auto | cpu | cuda | cuda:N.
+        log_every: steps between scalars.
+        sample_every: steps between sample grids or sheets; null for none.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: how many are kept.
+        channels_last: memory format of convolutions.
+    """
+
+    num_steps: int = Field(ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+    log_every: int = Field(default=50, ge=1)
+    sample_every: int | None = Field(default=1000, ge=1)
+    checkpoint_every: int = Field(default=1000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    channels_last: bool = True
+
+    @model_validator(mode="after")
+    def _divides(self) -> LoopConfig:
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"accumulation must divide batch_size; got {self.batch_size} / "
+                f"{self.accumulation}; choose a divisor"
+            )
+        return self
+
+
+class _Run(_Frozen):
+    """What all runs share.
+
+    Attributes:
+        out: run directory.
+        seed: of order, noise, crops and initial weights.
+    """
+
+    out: str
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loop: LoopConfig
+
+
+class AutoencoderRun(_Run):
+    """Training of an autoencoder (`latentdiff vae train`).
+
+    Attributes:
+        val: shards for the sheet, PSNR and SSIM; null for none.
+        export: directory that gets the final (EMA) autoencoder.
+    """
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    autoencoder: KLConfig = KLConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    ema: EmaConfig | None = EmaConfig(decay=0.999)
+    val: DataConfig | None = None
+    export: str | None = None
+
+
+class TokenizerConfig(_Frozen):
+    """A CLIP byte-pair vocabulary: an existing one, or one learned from the run's captions."""
+
+    pretrained: str | None = None
+    vocab_size: int = Field(default=8192, ge=514)
+
+
+class SmallTextConfig(_Frozen):
+    """A CLIP text tower of its own: new, or continued from `pretrained` (a run's export)."""
+
+    kind: Literal["small"] = "small"
+    pretrained: str | None = None
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    width: int = Field(default=256, ge=8)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1)
+    context_length: int = Field(default=32, ge=4)
+    trained: bool = True
+
+
+class CLIPTextConfig(_Frozen):
+    """A transformers CLIP text tower: model directory, `DIR/text_encoder`, or hub id."""
+
+    kind: Literal["clip"] = "clip"
+    pretrained: str = "openai/clip-vit-large-patch14"
+    trained: bool = False
+
+
+class OpenCLIPTextConfig(_Frozen):
+    """An OpenCLIP text tower by name and weights (tag of open_clip, or a local file)."""
+
+    kind: Literal["open_clip"] = "open_clip"
+    name: str = "ViT-H-14"
+    weights: str | None = "laion2b_s32b_b79k"
+    trained: bool = False
+
+
+class NoTextConfig(_Frozen):
+    """Unconditional: no text at all (DDPM)."""
+
+    kind: Literal["none"] = "none"
+
+
+TextConfig = Annotated[
+    SmallTextConfig | CLIPTextConfig | OpenCLIPTextConfig | NoTextConfig,
+    Field(discriminator="kind"),
+]
+
+
+class UNetConfig(_Frozen):
+    """Shape of diffusers' UNet2DConditionModel; one entry a level, from the finest.
+
+    Attributes:
+        channels: width of each level.
+        cross_attention: whether each level attends to the text.
+        layers_per_block: residual blocks a level on the way down.
+        head_dim: width of an attention head.
+        norm_num_groups: groups of GroupNorm.
+    """
+
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    cross_attention: tuple[bool, ...] = (True, True, True, False)
+    layers_per_block: int = Field(default=2, ge=1)
+    head_dim: int = Field(default=64, ge=8)
+    norm_num_groups: int = Field(default=32, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> UNetConfig:
+        if len(self.channels) != len(self.cross_attention):
+            raise ValueError(
+                f"cross_attention needs one entry a level; got {len(self.cross_attention)} for "
+                f"{len(self.channels)} channels"
+            )
+        for width in self.channels:
+            if width % self.head_dim or width % self.norm_num_groups:
+                raise ValueError(
+                    f"channels must be multiples of head_dim ({self.head_dim}) and "
+                    f"norm_num_groups ({self.norm_num_groups}); got {width}"
+                )
+        return self
+
+
+class ScheduleConfig(_Frozen):
+    """The forward process's betas over `num_timesteps`."""
+
+    kind: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
+    num_timesteps: int = Field(default=1000, ge=2)
+    beta_start: float = Field(default=0.00085, gt=0, lt=1)
+    beta_end: float = Field(default=0.012, gt=0, lt=1)
+
+
+class DiffusionObjectiveConfig(_Frozen):
+    """What the network predicts and how timesteps weigh.
+
+    Attributes:
+        prediction: epsilon (DDPM) or v (Salimans & Ho 2022).
+        min_snr_gamma: clamp of the loss weight (Hang et al. 2023); null for none.
+        caption_dropout: share of captions replaced by "" for classifier-free guidance.
+    """
+
+    prediction: Literal["epsilon", "v"] = "epsilon"
+    min_snr_gamma: float | None = Field(default=None, gt=0)
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+
+
+class SampleGridConfig(_Frozen):
+    """The grid drawn from the EMA weights during the run; also the exported model's defaults.
+
+    Attributes:
+        prompts: one picture each.
+        num_steps: of the sampler.
+        guidance_scale: of classifier-free guidance; 1 is off.
+        seed: of the grid.
+        styles: names that captions end in ("a cat, noto"), for `latentdiff sample --style`.
+    """
+
+    prompts: tuple[str, ...] = ("",)
+    num_steps: int = Field(default=20, ge=1)
+    guidance_scale: float = Field(default=5.0, ge=0)
+    seed: int = 0
+    styles: tuple[str, ...] = ()
+
+
+class DiffusionRun(_Run):
+    """Training of a latent (or pixel) diffusion model (`latentdiff train`).
+
+    Attributes:
+        cache_latents: encode every picture once and keep the latents' moments in memory.
+        export: directory that gets the final model in diffusers' layout, from the EMA weights.
+        export_dtype: precision of its weights.
+    """
+
+    kind: Literal["diffusion"] = "diffusion"
+    autoencoder: AutoencoderConfig = IdentityConfig()
+    text: TextConfig = NoTextConfig()
+    unet: UNetConfig = UNetConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    objective: DiffusionObjectiveConfig = DiffusionObjectiveConfig()
+    ema: EmaConfig = EmaConfig()
+    samples: SampleGridConfig = SampleGridConfig()
+    cache_latents: bool = False
+    export: str | None = None
+    export_dtype: Literal["fp32", "fp16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DiffusionRun:
+        if self.cache_latents and not self.data.is_deterministic:
+            raise ValueError(
+                "cache_latents needs pictures that are the same at every draw; got crop "
+                f"{self.data.crop}, crop_px {self.data.crop_px}, flip {self.data.flip}; "
+                "use crop: center, crop_px: null, flip: false, or cache_latents: false"
+            )
+        if self.text.kind == "none" and any(self.unet.cross_attention):
+            raise ValueError(
+                "unet.cross_attention is on but text.kind is none; set every entry of "
+                "unet.cross_attention to false, or choose a text tower"
+            )
+        if self.text.kind != "none" and not any(self.unet.cross_attention):
+            raise ValueError(
+                f"text.kind is {self.text.kind} but no entry of unet.cross_attention is true; "
+                "switch one on, or set text.kind: none"
+            )
+        return self
+
+
+class ImageTowerConfig(_Frozen):
+    """The small convolutional image tower that the text tower is contrasted with."""
+
+    channels: tuple[int, ...] = (32, 64, 128, 256)
+
+
+class ContrastiveRun(_Run):
+    """Training of a small text tower against images, CLIP's objective (`latentdiff train`).
+
+    Attributes:
+        export: directory that gets `text_encoder/` and `tokenizer/`.
+    """
+
+    kind: Literal["contrastive"] = "contrastive"
+    text: SmallTextConfig = SmallTextConfig()
+    image: ImageTowerConfig = ImageTowerConfig()
+    val: DataConfig | None = None
+    export: str | None = None
+
+
+RunConfig = Annotated[DiffusionRun | AutoencoderRun | ContrastiveRun, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[DiffusionRun | AutoencoderRun | ContrastiveRun] = TypeAdapter(RunConfig)
+
+
+def load(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> DiffusionRun | AutoencoderRun | ContrastiveRun:
+    """Read a run's YAML, by path or by a shipped config's name, and apply `key.sub=value`.
+
+    Raises:
+        ValueError: a typo, a wrong type or an impossible combination, with the key's path.
+    """
+    return load_config(_ADAPTER, path, overrides)

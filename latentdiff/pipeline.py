@@ -1,0 +1,324 @@
+"""What is a model as one thing? Load, save and generate, in diffusers' directory layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from data_pipelines.transforms import to_image
+from latentdiff.build import build_schedule, build_text
+from latentdiff.config import DiffusionRun, ScheduleConfig
+from latentdiff.denoiser import NetworkDenoiser
+from latentdiff.diffusers_format import (
+    check_model_directory,
+    read_schedule,
+    scheduler_config,
+    weights_hash,
+    write_model_index,
+)
+from latentdiff.guidance import ClassifierFree
+from latentdiff.randomness import normal
+from latentdiff.samplers import STOCHASTIC, find_sampler
+from latentdiff.schedule import NoiseSchedule, step_grid
+from latentdiff.text import Conditioning, TextEncoder
+from latentdiff.unet import as_network, new_unet
+from vae.autoencoder import Autoencoder
+
+PRETRAINED = Path(__file__).parent / "pretrained"  # the model in the box
+_EXTRAS = "latentdiff.json"  # what diffusers' layout has no place for
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What `generate` does where it is not told.
+
+    Attributes:
+        num_steps: of the sampler.
+        guidance_scale: of classifier-free guidance.
+        sampler: name in SAMPLERS.
+        styles: names of styles that the model was trained on, for `--style`.
+    """
+
+    num_steps: int = 20
+    guidance_scale: float = 5.0
+    sampler: str = "dpmpp_2m"
+    styles: tuple[str, ...] = ()
+
+
+@dataclass
+class Pipeline:
+    """An autoencoder, a text tower, a U-Net and the forward process it was trained on."""
+
+    unet: Any
+    autoencoder: Autoencoder
+    text: TextEncoder | None
+    schedule: NoiseSchedule
+    schedule_config: ScheduleConfig
+    prediction: str
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    source: Path | None = None
+
+    @classmethod
+    def new(cls, config: DiffusionRun, captions: Iterable[str] = ()) -> Pipeline:
+        """The model of a run with fresh (or, where the config says so, pretrained) weights.
+
+        Args:
+            config: the run.
+            captions: what a new vocabulary is learned from.
+
+        Raises:
+            ValueError: the pictures' size does not fit the autoencoder or the U-Net.
+        """
+        autoencoder = Autoencoder.build(config.autoencoder)
+        size_px, downscale = config.data.output_px, autoencoder.downscale
+        if size_px % downscale:
+            raise ValueError(
+                f"data.size_px must be a multiple of the autoencoder's {downscale}; got {size_px}"
+            )
+        text = build_text(config.text, captions)
+        unet = new_unet(
+            config.unet,
+            autoencoder.latent_channels,
+            size_px // downscale,
+            None if text is None else text.width,
+        )
+        grid = config.samples
+        return cls(
+            unet=unet,
+            autoencoder=autoencoder,
+            text=text,
+            schedule=build_schedule(config.schedule),
+            schedule_config=config.schedule,
+            prediction=config.objective.prediction,
+            defaults=SamplingDefaults(grid.num_steps, grid.guidance_scale, styles=grid.styles),
+        )
+
+    @classmethod
+    def load(cls, model: str | Path | None = None) -> Pipeline:
+        """Open the model in the box (None), a directory in diffusers' layout, or a hub id.
+
+        Raises:
+            ValueError: there is no such directory, or it holds no such model.
+        """
+        from diffusers import UNet2DConditionModel
+
+        source = check_model_directory(PRETRAINED if model is None else model)
+        schedule_config, prediction = read_schedule(source)
+        extras = source / _EXTRAS
+        defaults = json.loads(extras.read_text()) if extras.is_file() else {}
+        if "styles" in defaults:
+            defaults["styles"] = tuple(defaults["styles"])
+        unet: Any = UNet2DConditionModel.from_pretrained(str(source / "unet"))
+        return cls(
+            unet=unet.float().eval(),
+            autoencoder=Autoencoder.load(source / "vae").float().eval(),
+            text=TextEncoder.load(source).float().eval(),
+            schedule=build_schedule(schedule_config),
+            schedule_config=schedule_config,
+            prediction=prediction,
+            defaults=SamplingDefaults(**defaults),
+            source=source,
+        )
+
+    def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write diffusers' layout with safetensors of `dtype`; `source` points there afterwards.
+
+        Raises:
+            ValueError: the model is unconditional or works on pixels, for which diffusers'
+                StableDiffusionPipeline has no place.
+        """
+        if self.text is None or self.autoencoder.is_identity:
+            raise ValueError(
+                "diffusers' Stable Diffusion layout needs a text tower and an autoencoder; this "
+                "model lacks one; keep its training checkpoint instead"
+            )
+        target = Path(directory)
+        modules: dict[str, nn.Module] = {
+            "unet": self.unet,
+            "vae": self.autoencoder.model,
+            "text_encoder": self.text.model,
+        }
+        kept = {name: module.dtype for name, module in modules.items()}
+        for module in modules.values():
+            module.to(dtype)
+        try:
+            self.unet.save_pretrained(target / "unet", safe_serialization=True)
+            self.autoencoder.save(target / "vae")
+            self.text.save(target)
+        finally:
+            for name, module in modules.items():
+                module.to(kept[name])
+        path = target / "scheduler" / "scheduler_config.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(
+            json.dumps(scheduler_config(self.schedule_config, self.prediction), indent=2)
+        )
+        write_model_index(target)
+        extras = {
+            "num_steps": self.defaults.num_steps,
+            "guidance_scale": self.defaults.guidance_scale,
+            "sampler": self.defaults.sampler,
+            "styles": list(self.defaults.styles),
+        }
+        (target / _EXTRAS).write_text(json.dumps(extras, indent=2))
+        self.source = target
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Pipeline:
+        """Move all networks; returns self."""
+        self.unet.to(device, dtype).to(memory_format=torch.channels_last)
+        self.autoencoder.to(device, dtype)
+        if self.text is not None:
+            self.text.to(device, dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is."""
+        return self.unet.device
+
+    @property
+    def default_size_px(self) -> int:
+        """Side of the pictures the model was trained on."""
+        return self.unet.config.sample_size * self.autoencoder.downscale
+
+    @property
+    def size_multiple_px(self) -> int:
+        """Height and width must be multiples of this."""
+        return self.autoencoder.downscale * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def model_hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the weights on disk; "unsaved" without them."""
+        return "unsaved" if self.source is None else weights_hash(self.source)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        num_images: int = 1,
+        negative_prompt: str = "",
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        latents: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Image.Image]:
+        """Draw `num_images` pictures of each prompt, prompt by prompt.
+
+        Picture i of the call depends on (seed, i) alone, whatever the batch size.
+
+        Args:
+            prompt: one or several; ignored by an unconditional model.
+            num_images: pictures of each prompt.
+            negative_prompt: what guidance steers away from.
+            steps: of the sampler; default: the model's own.
+            guidance_scale: 1 switches guidance off; default: the model's own.
+            sampler: name in `latentdiff.samplers.SAMPLERS`; default: the model's own.
+            seed: of the call.
+            height: in pixels; default: the training size.
+            width: in pixels; default: the training size.
+            batch_size: pictures drawn at a time; default: 8.
+            latents: standard-normal start [pictures, c, h, w] instead of the seed's.
+            progress: called with 1 after each step of each picture.
+
+        Raises:
+            ValueError: an unknown sampler, a size that is not a multiple, a bad number.
+        """
+        draw = find_sampler(sampler or self.defaults.sampler)
+        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
+        prompts = [p for p in _as_list(prompt) for _ in range(num_images)]
+        _positive("num_images", num_images)
+        _positive("batch_size", batch_size or 1)
+        if not prompts:
+            raise ValueError("prompt is an empty list; give at least one text")
+        shape = self._latent_shape(height, width)
+        if latents is not None and tuple(latents.shape) != (len(prompts), *shape):
+            raise ValueError(
+                f"latents must have shape {(len(prompts), *shape)}; got {tuple(latents.shape)}"
+            )
+        sigmas = step_grid(self.schedule, steps or self.defaults.num_steps)
+        images: list[Image.Image] = []
+        size = batch_size or 8
+        for first in range(0, len(prompts), size):
+            chunk = prompts[first : first + size]
+            indices = range(first, first + len(chunk))
+            start = (
+                normal(shape, seed, indices, "start")
+                if latents is None
+                else latents[first : first + len(chunk)]
+            )
+            # x = clean + sigma * noise with sigma the largest of the grid; the clean part is
+            # unknown, and beside such noise small: noisy = sqrt(1 + sigma^2) * N(0, 1) at unit
+            # variance, which is how Stable Diffusion starts.
+            x = start.to(self.device, torch.float32) * (1 + sigmas[0] ** 2).sqrt().float()
+            cond, denoise = self._denoiser(chunk, negative_prompt, scale)
+
+            def noise(x: Tensor, step: int, indices: range = indices) -> Tensor:
+                return normal(shape, seed, indices, f"step-{step}").to(x)
+
+            def tick(step: int, x: Tensor, denoised: Tensor, count: int = len(chunk)) -> None:
+                if progress is not None:
+                    progress(count)
+
+            z = draw(
+                partial(denoise, cond=cond),
+                x,
+                sigmas,
+                noise if draw_is_stochastic(sampler or self.defaults.sampler) else None,
+                tick,
+            )
+            images += [to_image(image) for image in self.autoencoder.decode(z)]
+        return images
+
+    def _denoiser(
+        self, prompts: list[str], negative_prompt: str, scale: float
+    ) -> tuple[Conditioning | None, Any]:
+        """(conditioning, denoiser) of one batch; guidance doubles the batch inside."""
+        plain = NetworkDenoiser(as_network(self.unet), self.schedule, self.prediction)
+        if self.text is None:
+            return None, plain
+        if scale == 1:
+            return self.text.encode(prompts), plain
+        both = self.text.encode([negative_prompt, *prompts])
+        uncond = Conditioning(both.tokens[:1]).repeat(len(prompts))
+        text = Conditioning(both.tokens[1:])
+        return Conditioning.cat([uncond, text]), ClassifierFree(plain, scale)
+
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        multiple, downscale = self.size_multiple_px, self.autoencoder.downscale
+        sides = []
+        for name, value in (("height", height), ("width", width)):
+            side = self.default_size_px if value is None else value
+            if side <= 0 or side % multiple:
+                near = max(multiple, round(side / multiple) * multiple)
+                raise ValueError(
+                    f"{name} must be a positive multiple of {multiple} px; got {side}; try {near}"
+                )
+            sides.append(side // downscale)
+        return self.autoencoder.latent_channels, sides[0], sides[1]
+
+
+def draw_is_stochastic(sampler: str) -> bool:
+    """Whether a sampler asks for noise at its steps."""
+    return sampler in STOCHASTIC
+
+
+def _as_list(prompt: str | Sequence[str]) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else list(prompt)
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")

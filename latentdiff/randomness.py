@@ -1,0 +1,22 @@
+"""Which noise belongs to (seed, position, purpose)? Counter-based, the same at any batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.randomness import stream
+
+
+def normal(shape: Sequence[int], seed: int, positions: Sequence[int], purpose: str) -> Tensor:
+    """Standard-normal float32 [len(positions), *shape]; row i depends on positions[i] alone."""
+    rows = [stream(seed, p, purpose).standard_normal(tuple(shape), np.float32) for p in positions]
+    return torch.from_numpy(np.stack(rows))
+
+
+def uniform(seed: int, positions: Sequence[int], purpose: str) -> np.ndarray:
+    """Uniform [0, 1) float64 [len(positions)]; entry i depends on positions[i] alone."""
+    return np.array([stream(seed, p, purpose).random() for p in positions])

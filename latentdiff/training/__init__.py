@@ -1,0 +1,1 @@
+"""Training runs: diffusion, autoencoder, contrastive text tower."""

@@ -1,0 +1,182 @@
+"""How is an autoencoder trained? Data, loss, step, EMA, log, save."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipelines.loader import Loader
+from latentdiff.config import AutoencoderRun
+from latentdiff.devices import autocast, resolve_device
+from latentdiff.ema import Ema
+from latentdiff.randomness import normal
+from latentdiff.reconstruction import score_reconstructions
+from latentdiff.training.checkpoint import find_checkpoint, save_checkpoint
+from latentdiff.training.log import RunLog
+from latentdiff.training.optim import (
+    load_optimizer_tensors,
+    lr_at,
+    make_adamw,
+    named_trainable,
+    optimizer_tensors,
+    step_optimizer,
+)
+from vae.autoencoder import Autoencoder
+from vae.discriminator import discriminator_loss
+from vae.latent_norm import LatentNorm
+from vae.objective import Objective, Reconstruction, reconstruct
+
+_NORM_IMAGES = 2048  # pictures that the latent norm is measured on
+
+
+def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
+    """Run `config` to its end and export the autoencoder; returns its directory."""
+    torch.manual_seed(config.seed)
+    device, out = resolve_device(config.loop.device), Path(config.out)
+    autoencoder = Autoencoder.build(config.autoencoder)
+    format_ = torch.channels_last if config.loop.channels_last else torch.contiguous_format
+    model = autoencoder.model.to(device, memory_format=format_).train()
+    objective = Objective(config.objective).to(device)
+    optimizer = make_adamw({"autoencoder": model}, config.optimizer)
+    weights = named_trainable({"autoencoder": model})
+    ema = Ema(weights, config.ema.decay) if config.ema is not None else None
+    critic = _Critic(objective, config)
+
+    step = 0
+    if (checkpoint := find_checkpoint(out / "checkpoints", resume)) is not None:
+        step = checkpoint.step
+        with torch.no_grad():
+            for name, value in checkpoint.group("model").items():
+                weights[name].copy_(value)
+        load_optimizer_tensors(optimizer, weights, checkpoint.group("optimizer"))
+        critic.load(checkpoint.group("critic"), checkpoint.group("critic_optimizer"))
+        if ema is not None:
+            ema.load(checkpoint.group("ema"), checkpoint.state["ema_updates"])
+
+    loop = config.loop
+    micro = loop.batch_size // loop.accumulation
+    loader = Loader(config.data, config.seed, micro, cursor=step * loop.batch_size)
+    batches = iter(loader)
+    channels, downscale = autoencoder.latent_channels, autoencoder.downscale
+    side = config.data.output_px // downscale
+
+    with RunLog(out, config, loop.num_steps, step) as log:
+        while step < loop.num_steps:
+            totals: dict[str, Tensor] = {}
+            passed: Reconstruction | None = None
+            for _ in range(loop.accumulation):
+                batch = next(batches)
+                assert batch.images is not None
+                image = batch.images.to(device, memory_format=format_)
+                positions = range(batch.position, batch.position + micro)
+                noise = normal((channels, side, side), config.seed, positions, "posterior")
+                with autocast(device, loop.precision):
+                    passed = reconstruct(model, image, noise.to(device))
+                    terms = objective(passed, step)
+                (terms["loss"] / loop.accumulation).backward()
+                for name, value in terms.items():
+                    totals[name] = totals.get(name, 0) + value.detach() / loop.accumulation
+            rate = lr_at(step, loop.num_steps, config.optimizer)
+            totals["grad_norm"] = step_optimizer(
+                optimizer, weights.values(), rate, config.optimizer
+            )
+            if objective.adversarial_at(step) is not None:
+                assert passed is not None
+                totals["critic_loss"] = critic.step(passed.image, passed.output.detach())
+            step += 1
+            if ema is not None:
+                ema.update()
+            if step % loop.log_every == 0 or step == loop.num_steps:
+                log.scalars(
+                    step, {k: v.item() for k, v in totals.items()} | {"lr": rate}, loop.batch_size
+                )
+            if config.val is not None and loop.sample_every and step % loop.sample_every == 0:
+                _validate(autoencoder, ema, config, device, log, step)
+            if step % loop.checkpoint_every == 0 or step == loop.num_steps:
+                groups = {
+                    "model": weights,
+                    "optimizer": optimizer_tensors(optimizer, weights),
+                    "ema": ema.averages if ema is not None else {},
+                    **critic.groups(),
+                }
+                state = {"ema_updates": ema.num_updates if ema is not None else 0}
+                save_checkpoint(out / "checkpoints", step, groups, state, loop.keep_checkpoints)
+
+    with ema.applied() if ema is not None else nullcontext():
+        return _export(autoencoder.eval(), config, device)
+
+
+class _Critic:
+    """The discriminator's own optimiser; does nothing where the term is switched off."""
+
+    def __init__(self, objective: Objective, config: AutoencoderRun) -> None:
+        term = config.objective.adversarial
+        self.module = objective.discriminator
+        self.weights = named_trainable({"critic": self.module} if self.module is not None else {})
+        self.optimizer = (
+            None
+            if term is None
+            else torch.optim.AdamW(self.weights.values(), lr=term.lr, betas=(0.5, 0.9))
+        )
+
+    def step(self, real: Tensor, fake: Tensor) -> Tensor:
+        assert self.module is not None and self.optimizer is not None
+        self.optimizer.zero_grad(set_to_none=True)  # the generator's pass left gradients here
+        loss = discriminator_loss(self.module(real), self.module(fake))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        if self.optimizer is None:
+            return {}
+        return {
+            "critic": dict(self.weights),
+            "critic_optimizer": optimizer_tensors(self.optimizer, self.weights),
+        }
+
+    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        if self.optimizer is None or not weights:
+            return
+        with torch.no_grad():
+            for name, parameter in self.weights.items():
+                parameter.copy_(weights[name])
+        load_optimizer_tensors(self.optimizer, self.weights, optimizer)
+
+
+def _validate(
+    autoencoder: Autoencoder,
+    ema: Ema | None,
+    config: AutoencoderRun,
+    device: torch.device,
+    log: RunLog,
+    step: int,
+) -> None:
+    assert config.val is not None
+    autoencoder.eval()
+    with ema.applied() if ema is not None else nullcontext():
+        score, sheet = score_reconstructions(autoencoder, config.val, device, max_images=256)
+    autoencoder.train()
+    path = log.picture(step, "reconstructions", sheet)
+    log.line(f"step {step}  val PSNR {score.psnr_db:.2f} dB  SSIM {score.ssim:.4f}  {path}", True)
+
+
+@torch.no_grad()
+def _export(autoencoder: Autoencoder, config: AutoencoderRun, device: torch.device) -> Path:
+    """Measure the latent norm on whole training pictures, fold it in, save."""
+    whole = config.data.model_copy(update={"crop_px": None})
+    loader = Loader(whole, config.seed, batch_size=1)
+    count = min(_NORM_IMAGES, len(loader))
+    batches = (
+        torch.stack([loader.image(i) for i in range(start, min(start + 64, count))]).to(device)
+        for start in range(0, count, 64)
+    )
+    autoencoder.norm = LatentNorm.from_scalars()
+    autoencoder.norm = LatentNorm.measure(autoencoder.encode(images) for images in batches)
+    target = Path(config.export or Path(config.out) / "autoencoder")
+    autoencoder.save(target)
+    return target

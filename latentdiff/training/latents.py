@@ -1,0 +1,59 @@
+"""Where do a step's latents come from? Encoded as they are drawn, or once and kept in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_pipelines.loader import Batch, Loader
+from latentdiff.randomness import normal
+from vae.autoencoder import Autoencoder
+
+_BATCH = 64  # pictures encoded at a time
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Posterior moments of every picture in normalised units, float16 on the CPU.
+
+    Attributes:
+        mean: [n, c, h, w].
+        std: [n, c, h, w].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def encode(cls, autoencoder: Autoencoder, loader: Loader, device: torch.device) -> LatentCache:
+        """Encode every picture of the loader's index once."""
+        means, stds = [], []
+        for start in range(0, len(loader), _BATCH):
+            stop = min(start + _BATCH, len(loader))
+            images = torch.stack([loader.image(i) for i in range(start, stop)])
+            mean, std = autoencoder.moments(images.to(device))
+            means.append(mean.cpu().half())
+            stds.append(std.cpu().half())
+        return cls(torch.cat(means), torch.cat(stds))
+
+    def draw(self, batch: Batch, seed: int) -> Tensor:
+        """A posterior sample of each draw of the batch, float32 [b, c, h, w]."""
+        mean, std = self.mean[batch.indices].float(), self.std[batch.indices].float()
+        return mean + std * posterior_noise(mean, batch, seed)
+
+
+@torch.no_grad()
+def encode_batch(autoencoder: Autoencoder, batch: Batch, seed: int, device: torch.device) -> Tensor:
+    """A posterior sample of each picture of the batch, float32 [b, c, h, w]."""
+    assert batch.images is not None
+    mean, std = autoencoder.moments(batch.images.to(device))
+    return (mean + std * posterior_noise(mean, batch, seed).to(mean)).float()
+
+
+def posterior_noise(like: Tensor, batch: Batch, seed: int) -> Tensor:
+    """The counter-based noise that turns posterior moments into a sample."""
+    positions = range(batch.position, batch.position + len(like))
+    return normal(like.shape[1:], seed, positions, "posterior")

@@ -1,0 +1,101 @@
+"""Does a saved model draw the same pictures here and in diffusers, at any batch size?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from latentdiff.pipeline import Pipeline
+from latentdiff.randomness import normal
+
+
+def pixels(images: list) -> np.ndarray:
+    return np.stack([np.asarray(image, dtype=np.float32) for image in images])
+
+
+def test_diffusers_draws_the_same_picture(tiny_model: Path, tiny_pipeline: Pipeline) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    start = normal((4, 8, 8), 3, range(2), "test")
+    ours = tiny_pipeline.generate(
+        ["a red apple", "eine Katze"],
+        negative_prompt="blue",
+        latents=start,
+        steps=10,
+        guidance_scale=3.0,
+        sampler="ddim",
+    )
+    theirs: Any = StableDiffusionPipeline.from_pretrained(str(tiny_model))
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(
+        ["a red apple", "eine Katze"],
+        negative_prompt=["blue", "blue"],
+        latents=start.clone(),
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        height=32,
+        width=32,
+    ).images
+    assert np.abs(pixels(ours) - pixels(expected)).mean() < 1
+    assert pixels(ours).std() > 1  # not one flat colour on both sides
+
+
+def test_picture_depends_on_seed_and_index_alone(tiny_pipeline: Pipeline) -> None:
+    prompts = ["a cat", "a dog", "an apple"]
+    together = pixels(tiny_pipeline.generate(prompts, steps=3, seed=5, batch_size=3))
+    apart = pixels(tiny_pipeline.generate(prompts, steps=3, seed=5, batch_size=1))
+    assert np.abs(together - apart).max() <= 1  # one grey level of rounding
+    other = pixels(tiny_pipeline.generate(prompts, steps=3, seed=6, batch_size=3))
+    assert np.abs(together - other).mean() > 1
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "euler_ancestral"])
+def test_stochastic_samplers_ignore_the_batch_size(tiny_pipeline: Pipeline, sampler: str) -> None:
+    two = pixels(tiny_pipeline.generate("x", num_images=2, steps=3, sampler=sampler, batch_size=2))
+    one = pixels(tiny_pipeline.generate("x", num_images=2, steps=3, sampler=sampler, batch_size=1))
+    assert np.abs(two - one).max() <= 1
+    assert np.abs(two[0] - two[1]).mean() > 1
+
+
+def test_save_and_load_keep_pictures(tiny_pipeline: Pipeline, tmp_path: Path) -> None:
+    again = Pipeline.load(tiny_pipeline.source)
+    again.save(tmp_path / "copy")
+    before = pixels(tiny_pipeline.generate("a cat", steps=2))
+    after = pixels(Pipeline.load(tmp_path / "copy").generate("a cat", steps=2))
+    assert np.array_equal(before, after)
+    assert again.model_hash() == tiny_pipeline.model_hash()
+    assert Pipeline.load(tmp_path / "copy").defaults == tiny_pipeline.defaults
+
+
+def test_rectangular_sizes(tiny_pipeline: Pipeline) -> None:
+    (image,) = tiny_pipeline.generate("a cat", steps=1, height=16, width=48)
+    assert image.size == (48, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": 30}, r"height must be a positive multiple of 8 px; got 30; try 32"),
+        ({"sampler": "eulre"}, r"unknown sampler 'eulre'; known: ddpm, ddim"),
+        ({"steps": 2000}, r"num_steps must be in 1..1000; got 2000"),
+        ({"num_images": 0}, r"num_images must be at least 1; got 0"),
+        ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents must have shape \(1, 4, 8, 8\)"),
+    ],
+)
+def test_mistakes_are_named(tiny_pipeline: Pipeline, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline.generate("a cat", **changes)
+
+
+def test_not_a_model_directory(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="not found"):
+        Pipeline.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is not a model directory: it lacks unet"):
+        Pipeline.load(tmp_path)
+    schedule = json.loads((tiny_model / "scheduler" / "scheduler_config.json").read_text())
+    assert schedule["prediction_type"] == "v_prediction"

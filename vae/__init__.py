@@ -1,0 +1,1 @@
+"""Autoencoders: image <-> latent. Knows nothing of text, data or diffusion."""
