@@ -24,14 +24,15 @@ def draw_caption(
         position: of the draw.
 
     Raises:
-        ValueError: a template names a field that the metadata lacks.
+        ValueError: a template names a field that the metadata lacks, or the metadata's captions
+            are no list of {lang, text}.
     """
     random = stream(seed, position, "caption")
     language = "en"
     if config.languages is not None:
-        text, language = _draw_language(text, metadata.get("captions", ()), config, random)
+        text, language = _draw_language(text, _entries(metadata), config, random)
     template = _draw(list(config.templates), list(config.templates.values()), random)
-    if language == "en" and random.random() < config.article:
+    if text and language == "en" and random.random() < config.article:
         text = f"{'an' if text[:1].lower() in 'aeiou' else 'a'} {text}"
     try:
         return template.format_map({**metadata, "text": text})
@@ -40,6 +41,20 @@ def draw_caption(
             f"caption template {template!r} names the field {error}; "
             f"the metadata has {sorted(metadata)}"
         ) from error
+
+
+def _entries(metadata: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
+    entries = metadata.get("captions", [])
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("lang"), str)
+        and isinstance(entry.get("text"), str)
+        for entry in entries
+    ):
+        raise ValueError(
+            f"captions must be a list of {{lang, text}}; got {str(entries)[:80]}; mend the .json"
+        )
+    return entries
 
 
 def _tag(entry: Mapping[str, str]) -> str:

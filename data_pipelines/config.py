@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from string import Formatter
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -34,6 +35,22 @@ class CaptionConfig(_Frozen):
             if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
                 raise ValueError(
                     f"{name} must have weights >= 0 with a positive sum; got {weights}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _templates_parse(self) -> CaptionConfig:
+        for template in self.templates:
+            try:
+                fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+            except ValueError as error:
+                raise ValueError(
+                    f"template {template!r} cannot be read ({error}); write fields as {{text}} "
+                    "and a brace as {{"
+                ) from error
+            if any(not f or f.isdecimal() or set(f) & set(".[") for f in fields):
+                raise ValueError(
+                    f"template {template!r} must name plain fields; got {fields}; write {{text}}"
                 )
         return self
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.captions import draw_caption
-from data_pipelines.config import DataConfig
+from data_pipelines.config import CaptionConfig, DataConfig
 from data_pipelines.decode import decode_caption, decode_image
 from data_pipelines.index import SampleEntry, ShardIndex, scan
 from data_pipelines.order import Order
@@ -100,7 +100,10 @@ class Loader:
     def _draw(self, entry: SampleEntry, position: int) -> tuple[str, Tensor | None]:
         text = decode_caption(entry.read("txt"), f"{entry.shard}:{entry.key}.txt")
         metadata = entry.metadata() if self.config.captions != _PLAIN else {}
-        caption = draw_caption(text, metadata, self.config.captions, self.seed, position)
+        try:
+            caption = draw_caption(text, metadata, self.config.captions, self.seed, position)
+        except ValueError as error:
+            raise ValueError(f"{entry.shard}:{entry.key}: {error}") from error
         image = _image(entry, self.config, self.seed, position) if self.with_images else None
         return caption, image
 
@@ -126,4 +129,4 @@ def _image(entry: SampleEntry, config: DataConfig, seed: int, position: int) -> 
     return transform(decode_image(entry.read(extension), name), config, seed, position)
 
 
-_PLAIN = DataConfig(shards=()).captions
+_PLAIN = CaptionConfig()  # needs no metadata

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    model_serializer,
+    model_validator,
+)
 
 from data_pipelines.config import DataConfig
 from latentdiff.configfile import load_config
@@ -123,15 +131,22 @@ class SmallTextConfig(_Frozen):
     layers: int = Field(default=4, ge=1)
     heads: int = Field(default=4, ge=1)
     context_length: int = Field(default=32, ge=4)
-    trained: bool = True
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> SmallTextConfig:
+        if self.width % self.heads:
+            raise ValueError(
+                f"heads must divide width; got {self.heads} for a width of {self.width}; "
+                "choose a divisor"
+            )
+        return self
 
 
 class CLIPTextConfig(_Frozen):
-    """A transformers CLIP text tower: model directory, `DIR/text_encoder`, or hub id."""
+    """A transformers CLIP text tower: directory with text_encoder/ and tokenizer/, or hub id."""
 
     kind: Literal["clip"] = "clip"
     pretrained: str = "openai/clip-vit-large-patch14"
-    trained: bool = False
 
 
 class OpenCLIPTextConfig(_Frozen):
@@ -140,7 +155,6 @@ class OpenCLIPTextConfig(_Frozen):
     kind: Literal["open_clip"] = "open_clip"
     name: str = "ViT-H-14"
     weights: str | None = "laion2b_s32b_b79k"
-    trained: bool = False
 
 
 class NoTextConfig(_Frozen):
@@ -222,23 +236,32 @@ class SampleGridConfig(_Frozen):
         styles: names that captions end in ("a cat, noto"), for `latentdiff sample --style`.
     """
 
-    prompts: tuple[str, ...] = ("",)
+    prompts: tuple[str, ...] = Field(default=("",), min_length=1)
     num_steps: int = Field(default=20, ge=1)
     guidance_scale: float = Field(default=5.0, ge=0)
     seed: int = 0
     styles: tuple[str, ...] = ()
 
 
+_FROM_MODEL = frozenset({"autoencoder", "text", "unet", "schedule"})  # what `init_from` decides
+
+
 class DiffusionRun(_Run):
     """Training of a latent (or pixel) diffusion model (`latentdiff train`).
 
     Attributes:
+        init_from: start from a model's weights: its directory, a hub id, or `box`; then
+            autoencoder, text tower, U-Net and schedule are the model's own and are left out of the
+            config.
+        train_text: train the text tower with the U-Net; otherwise it is frozen.
         cache_latents: encode every picture once and keep the latents' moments in memory.
         export: directory that gets the final model in diffusers' layout, from the EMA weights.
         export_dtype: precision of its weights.
     """
 
     kind: Literal["diffusion"] = "diffusion"
+    init_from: str | None = None
+    train_text: bool = False
     autoencoder: AutoencoderConfig = IdentityConfig()
     text: TextConfig = NoTextConfig()
     unet: UNetConfig = UNetConfig()
@@ -251,13 +274,28 @@ class DiffusionRun(_Run):
     export_dtype: Literal["fp32", "fp16"] = "fp32"
 
     @model_validator(mode="after")
-    def _consistent(self) -> DiffusionRun:
+    def _consistent(self) -> Self:
         if self.cache_latents and not self.data.is_deterministic:
             raise ValueError(
                 "cache_latents needs pictures that are the same at every draw; got crop "
                 f"{self.data.crop}, crop_px {self.data.crop_px}, flip {self.data.flip}; "
                 "use crop: center, crop_px: null, flip: false, or cache_latents: false"
             )
+        if self.samples.num_steps > self.schedule.num_timesteps:
+            raise ValueError(
+                "samples.num_steps must be at most schedule.num_timesteps "
+                f"({self.schedule.num_timesteps}); got {self.samples.num_steps}"
+            )
+        if self.init_from is not None:
+            given = _FROM_MODEL & self.model_fields_set
+            if given:
+                raise ValueError(
+                    f"init_from takes autoencoder, text, unet and schedule from {self.init_from}; "
+                    f"leave out {', '.join(sorted(given))}, or set init_from: null"
+                )
+            return self
+        if self.text.kind == "none" and self.train_text:
+            raise ValueError("train_text is true but text.kind is none; set train_text: false")
         if self.text.kind == "none" and any(self.unet.cross_attention):
             raise ValueError(
                 "unet.cross_attention is on but text.kind is none; set every entry of "
@@ -269,6 +307,12 @@ class DiffusionRun(_Run):
                 "switch one on, or set text.kind: none"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, values: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Without what `init_from` decides: the saved config says no more than the run's own."""
+        left_out = _FROM_MODEL if self.init_from is not None else frozenset[str]()
+        return {name: value for name, value in values(self).items() if name not in left_out}
 
 
 class ImageTowerConfig(_Frozen):

@@ -46,9 +46,10 @@ class NetworkDenoiser:
         """The expected clean sample."""
         sigma = sigma.double()
         signal = (1 + sigma.square()).rsqrt()  # sqrt(alpha_bar)
-        t = self.schedule.sigma_to_t(sigma.view(1)).to(x).expand(len(x))
-        output = self.network(x * signal.to(x), t, cond).to(x.dtype)
-        return to_clean(output, x, sigma.to(x), self.prediction)
+        # float32 whatever x is: bfloat16 has no 999
+        t = torch.full((len(x),), self.schedule.sigma_to_t(sigma.view(1)).item(), device=x.device)
+        output = self.network(x * signal.to(x.dtype), t, cond).to(x.dtype)
+        return to_clean(output, x, sigma.to(x.dtype), self.prediction)
 
 
 def to_clean(output: Tensor, x: Tensor, sigma: Tensor, prediction: str) -> Tensor:

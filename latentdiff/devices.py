@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 
 
 def resolve_device(name: str) -> torch.device:
@@ -19,10 +20,10 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(
-            f"device {name!r} is unknown; use auto, cpu, cuda, cuda:N or mps"
-        ) from error
+    except RuntimeError:
+        device = torch.device("meta")  # torch knows it; no model runs there
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {name!r} is unknown; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device {name!r} asked for, but {torch.cuda.device_count()} CUDA device(s) are here; "
@@ -36,3 +37,17 @@ def resolve_device(name: str) -> torch.device:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The context that networks run in: bfloat16 autocast, or nothing for fp32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def cast(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Move a module in place; diffusers' own `to` warns when it is given a dtype."""
+    match dtype:
+        case torch.float32:
+            module.float()
+        case torch.float16:
+            module.half()
+        case torch.bfloat16:
+            module.bfloat16()
+        case _:
+            raise ValueError(f"dtype {dtype} is not for networks; use float32, bfloat16 or float16")
+    return module.to(device)

@@ -25,11 +25,17 @@ def check_model_directory(model: str | Path) -> Path:
     if not path.exists() and _looks_like_hub_id(str(model)):
         from diffusers import DiffusionPipeline
 
-        path = Path(DiffusionPipeline.download(str(model)))
+        try:
+            path = Path(DiffusionPipeline.download(str(model)))
+        except OSError as error:
+            raise ValueError(
+                f"model {model} is no directory here, and the hub did not give one of that name "
+                f"({type(error).__name__}); give a directory in diffusers' layout or a hub id"
+            ) from error
     if not path.is_dir():
         raise ValueError(
             f"model directory {model} not found; give a directory in diffusers' layout, a hub id "
-            "such as stabilityai/sd-turbo, or no model for the one in the box"
+            "such as stabilityai/stable-diffusion-2-1, or no model for the one in the box"
         )
     missing = [c for c in _COMPONENTS if not (path / c).is_dir()]
     if missing or not (path / "model_index.json").is_file():
@@ -74,10 +80,12 @@ def read_schedule(directory: Path) -> tuple[ScheduleConfig, str]:
     kinds = {theirs: ours for ours, theirs in _SCHEDULES.items()}
     predictions = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
     kind, prediction = saved.get("beta_schedule", "linear"), saved.get("prediction_type", "epsilon")
-    if kind not in kinds or prediction not in predictions or saved.get("rescale_betas_zero_snr"):
+    special = saved.get("rescale_betas_zero_snr") or saved.get("trained_betas")
+    if kind not in kinds or prediction not in predictions or special:
         raise ValueError(
             f"{path}: beta_schedule {kind}, prediction_type {prediction}; known: "
-            f"{', '.join(kinds)} and {', '.join(predictions)}, without rescale_betas_zero_snr"
+            f"{', '.join(kinds)} and {', '.join(predictions)}, without rescale_betas_zero_snr "
+            "and trained_betas"
         )
     schedule = ScheduleConfig(
         kind=kinds[kind],  # pyright: ignore[reportArgumentType]  # checked above

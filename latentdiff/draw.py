@@ -80,13 +80,14 @@ def draw(
     prompts = with_style(request.prompts, request.style, pipeline.defaults.styles)
     settings: dict[str, Any] = {
         "negative_prompt": request.negative_prompt,
-        "steps": request.steps or pipeline.defaults.num_steps,
+        "steps": pipeline.defaults.num_steps if request.steps is None else request.steps,
         "guidance_scale": (
             pipeline.defaults.guidance_scale if request.guidance is None else request.guidance
         ),
         "sampler": request.sampler or pipeline.defaults.sampler,
         "seed": request.seed,
     }
+    out.mkdir(parents=True, exist_ok=True)  # before the work, so that a wrong --out costs nothing
     total = len(prompts) * request.num_images
     with _progress(total * settings["steps"]) as tick:
         images = pipeline.generate(
@@ -98,7 +99,6 @@ def draw(
             progress=tick,
             **settings,
         )
-    out.mkdir(parents=True, exist_ok=True)
     story = {**settings, "model": pipeline.model_hash(), "latentdiff": __version__}
     drawn: list[dict[str, Any]] = []
     for index, image in enumerate(images):

@@ -49,7 +49,16 @@ class Ema:
             self._copy(own)
 
     def load(self, averages: Mapping[str, Tensor], num_updates: int) -> None:
-        """Take over saved averages."""
+        """Take over saved averages.
+
+        Raises:
+            ValueError: they are not those of these parameters.
+        """
+        if wrong := sorted(self.averages.keys() ^ averages.keys()):
+            raise ValueError(
+                f"the saved averages do not fit: {len(wrong)} names differ, such as {wrong[0]}; "
+                "resume with the config that they were saved with, or --resume none"
+            )
         with torch.no_grad():
             for name, average in self.averages.items():
                 average.copy_(averages[name])

@@ -20,7 +20,7 @@ class ClassifierFree:
 
     Attributes:
         denoise: takes the doubled batch.
-        scale: 1 is the plain conditional model (and costs one evaluation, not two).
+        scale: 1 gives the plain conditional model, 0 the unconditional one.
     """
 
     denoise: Denoiser

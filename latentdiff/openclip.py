@@ -12,6 +12,8 @@ from torch import Tensor
 
 from latentdiff.text import TextEncoder
 
+_VOCABULARY_SIZE = 49408  # of CLIP's byte-pair vocabulary
+
 
 def load_openclip(name: str, weights: str | None) -> TextEncoder:
     """Create an OpenCLIP model and convert its text tower.
@@ -37,6 +39,9 @@ def load_openclip(name: str, weights: str | None) -> TextEncoder:
 def convert_openclip(model: Any) -> TextEncoder:
     """The text tower of an open_clip model (CLIP or CustomTextCLIP) in transformers' format.
 
+    Prompts get open_clip's token ids, padding included, but for broken Unicode and HTML entities,
+    which open_clip mends first and a CLIPTokenizer takes as they are.
+
     Raises:
         ValueError: the tower is not a plain CLIP transformer.
     """
@@ -44,11 +49,12 @@ def convert_openclip(model: Any) -> TextEncoder:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     tower = getattr(model, "text", model)
-    blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
-    if blocks is None or not hasattr(tower, "ln_final"):
+    if (problem := _why_not_plain(tower)) is not None:
         raise ValueError(
-            f"{type(tower).__name__} is not a plain CLIP text transformer; choose a model with one"
+            f"{type(tower).__name__} is not a plain CLIP text transformer: {problem}; "
+            "choose a model with one, such as ViT-H-14"
         )
+    blocks = tower.transformer.resblocks
     context, width = tower.positional_embedding.shape
     vocabulary = tower.token_embedding.weight.shape[0]
     act = blocks[0].mlp.gelu
@@ -61,20 +67,41 @@ def convert_openclip(model: Any) -> TextEncoder:
         num_attention_heads=blocks[0].attn.num_heads,
         max_position_embeddings=context,
         hidden_act="quick_gelu" if isinstance(act, open_clip.model.QuickGELU) else "gelu",
+        layer_norm_eps=tower.ln_final.eps,
         bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1,
         pad_token_id=0,
     )
     converted = CLIPTextModel(config)
-    converted.load_state_dict(_rename(tower.state_dict(), len(blocks)), strict=False)
+    inner = getattr(converted, "text_model", converted)  # transformers up to 5.3 nests it
+    inner.load_state_dict(_rename(tower.state_dict(), len(blocks)))
     vocab, merges = _vocabulary()
     tokenizer = CLIPTokenizer(
         vocab=vocab,
         merges=merges,  # pyright: ignore[reportArgumentType]  # transformers' hint lacks pairs
         pad_token="!",  # id 0, which open_clip pads with
+        split_special_tokens=True,  # "!" in a prompt is a word as any other, not padding
         model_max_length=context,
     )
     return TextEncoder(tokenizer, converted)
+
+
+def _why_not_plain(tower: Any) -> str | None:
+    """What transformers' CLIP text tower could not express, or None."""
+    blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
+    if blocks is None or not hasattr(tower, "ln_final"):
+        return "it has no residual blocks with a final norm"
+    if tower.attn_mask is None or getattr(tower, "cls_emb", None) is not None:
+        return "its attention is not causal over the tokens alone"
+    if (size := tower.token_embedding.weight.shape[0]) != _VOCABULARY_SIZE:
+        return f"its vocabulary has {size} entries, CLIP's {_VOCABULARY_SIZE}"
+    weights = sum(name.startswith("transformer.") for name in tower.state_dict())
+    if weights != 12 * len(blocks):  # two norms and four projections, a weight and a bias each
+        return "its blocks have weights that CLIP's lack"
+    act = blocks[0].mlp.gelu
+    if getattr(act, "approximate", "none") != "none":
+        return f"its activation is {act}"
+    return None
 
 
 def _rename(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
@@ -105,7 +132,7 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     import open_clip.tokenizer as theirs
 
     text = gzip.decompress(Path(theirs.default_bpe()).read_bytes()).decode()
-    lines = text.split("\n")[1 : 49152 - 256 - 2 + 1]
+    lines = text.split("\n")[1 : _VOCABULARY_SIZE - 512 - 2 + 1]  # less bytes and ends
     merges = [(a, b) for a, b in (line.split() for line in lines)]
     symbols = list(theirs.bytes_to_unicode().values())
     symbols += [s + "</w>" for s in symbols]

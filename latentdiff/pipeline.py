@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipelines.transforms import to_image
 from latentdiff.build import build_schedule, build_text
 from latentdiff.config import DiffusionRun, ScheduleConfig
 from latentdiff.denoiser import NetworkDenoiser
+from latentdiff.devices import cast
 from latentdiff.diffusers_format import (
     check_model_directory,
     read_schedule,
@@ -33,6 +34,7 @@ from latentdiff.unet import as_network, new_unet
 from vae.autoencoder import Autoencoder
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the model in the box
+_DEFAULT_BATCH = 8  # pictures at a time
 _EXTRAS = "latentdiff.json"  # what diffusers' layout has no place for
 
 
@@ -75,8 +77,11 @@ class Pipeline:
             captions: what a new vocabulary is learned from.
 
         Raises:
-            ValueError: the pictures' size does not fit the autoencoder or the U-Net.
+            ValueError: the pictures' size does not fit the autoencoder or the U-Net, or
+                `init_from` names a model of another prediction.
         """
+        if config.init_from is not None:
+            return cls._continued(config.init_from, config)
         autoencoder = Autoencoder.build(config.autoencoder)
         size_px, downscale = config.data.output_px, autoencoder.downscale
         if size_px % downscale:
@@ -100,6 +105,24 @@ class Pipeline:
             prediction=config.objective.prediction,
             defaults=SamplingDefaults(grid.num_steps, grid.guidance_scale, styles=grid.styles),
         )
+
+    @classmethod
+    def _continued(cls, init_from: str, config: DiffusionRun) -> Pipeline:
+        """A saved model, to be trained further."""
+        model = cls.load(None if init_from == "box" else init_from)
+        if model.prediction != config.objective.prediction:
+            raise ValueError(
+                f"objective.prediction is {config.objective.prediction}, but {init_from} predicts "
+                f"{model.prediction}; set objective.prediction={model.prediction}"
+            )
+        if config.data.output_px % model.size_multiple_px:
+            raise ValueError(
+                f"data.size_px must be a multiple of {model.size_multiple_px} for {init_from}; "
+                f"got {config.data.output_px}"
+            )
+        styles = config.samples.styles or model.defaults.styles
+        model.defaults = replace(model.defaults, styles=styles)
+        return model
 
     @classmethod
     def load(cls, model: str | Path | None = None) -> Pipeline:
@@ -141,21 +164,21 @@ class Pipeline:
                 "model lacks one; keep its training checkpoint instead"
             )
         target = Path(directory)
-        modules: dict[str, nn.Module] = {
+        modules: dict[str, Any] = {
             "unet": self.unet,
             "vae": self.autoencoder.model,
             "text_encoder": self.text.model,
         }
         kept = {name: module.dtype for name, module in modules.items()}
         for module in modules.values():
-            module.to(dtype)
+            cast(module, module.device, dtype)
         try:
             self.unet.save_pretrained(target / "unet", safe_serialization=True)
             self.autoencoder.save(target / "vae")
             self.text.save(target)
         finally:
             for name, module in modules.items():
-                module.to(kept[name])
+                cast(module, module.device, kept[name])
         path = target / "scheduler" / "scheduler_config.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(
@@ -173,10 +196,10 @@ class Pipeline:
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Pipeline:
         """Move all networks; returns self."""
-        self.unet.to(device, dtype).to(memory_format=torch.channels_last)
-        self.autoencoder.to(device, dtype)
+        cast(self.unet, device, dtype).to(memory_format=torch.channels_last)
+        cast(self.autoencoder, device, dtype)
         if self.text is not None:
-            self.text.to(device, dtype)
+            cast(self.text.model, device, dtype)
         return self
 
     @property
@@ -236,11 +259,13 @@ class Pipeline:
         Raises:
             ValueError: an unknown sampler, a size that is not a multiple, a bad number.
         """
-        draw = find_sampler(sampler or self.defaults.sampler)
+        sampler = sampler or self.defaults.sampler
+        draw = find_sampler(sampler)
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
         prompts = [p for p in _as_list(prompt) for _ in range(num_images)]
         _positive("num_images", num_images)
-        _positive("batch_size", batch_size or 1)
+        size = _DEFAULT_BATCH if batch_size is None else batch_size
+        _positive("batch_size", size)
         if not prompts:
             raise ValueError("prompt is an empty list; give at least one text")
         shape = self._latent_shape(height, width)
@@ -248,9 +273,9 @@ class Pipeline:
             raise ValueError(
                 f"latents must have shape {(len(prompts), *shape)}; got {tuple(latents.shape)}"
             )
-        sigmas = step_grid(self.schedule, steps or self.defaults.num_steps)
+        num_steps = self.defaults.num_steps if steps is None else steps
+        sigmas = step_grid(self.schedule, num_steps)
         images: list[Image.Image] = []
-        size = batch_size or 8
         for first in range(0, len(prompts), size):
             chunk = prompts[first : first + size]
             indices = range(first, first + len(chunk))
@@ -276,7 +301,7 @@ class Pipeline:
                 partial(denoise, cond=cond),
                 x,
                 sigmas,
-                noise if draw_is_stochastic(sampler or self.defaults.sampler) else None,
+                noise if sampler in STOCHASTIC else None,
                 tick,
             )
             images += [to_image(image) for image in self.autoencoder.decode(z)]
@@ -308,11 +333,6 @@ class Pipeline:
                 )
             sides.append(side // downscale)
         return self.autoencoder.latent_channels, sides[0], sides[1]
-
-
-def draw_is_stochastic(sampler: str) -> bool:
-    """Whether a sampler asks for noise at its steps."""
-    return sampler in STOCHASTIC
 
 
 def _as_list(prompt: str | Sequence[str]) -> list[str]:

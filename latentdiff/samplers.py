@@ -4,6 +4,8 @@ All have one signature. `denoise(x, sigma)` is the expected clean sample of
 x = clean + sigma * noise; `sigmas` decrease, the last may be 0; `noise(x, step)` is standard normal
 like x, for the stochastic ones; `callback(step, x, denoised)` sees every step. With
 d = (x - denoised) / sigma the probability-flow ODE is dx/dsigma = d (Karras et al. 2022, eq. 1).
+
+Sigmas stay where they are, best on the CPU: a scalar there times x on a GPU waits for nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -51,9 +52,9 @@ def ddpm(
     for step, sigma, following in _steps(sigmas):
         denoised = denoise(x, sigma)
         ratio = (following / sigma).square()
-        x = denoised + (ratio * (x - denoised).double()).to(x)
+        x = denoised + ratio.to(x.dtype) * (x - denoised)
         if step < len(sigmas) - 2 or sigmas[-1] > 0:
-            x = x + (following * (1 - ratio).sqrt()).to(x) * fresh(x, step)
+            x = x + (following * (1 - ratio).sqrt()).to(x.dtype) * fresh(x, step)
         if callback is not None:
             callback(step, x, denoised)
     return x
@@ -72,7 +73,7 @@ def ddim(
     """
     for step, sigma, following in _steps(sigmas):
         denoised = denoise(x, sigma)
-        x = torch.lerp(denoised, x, (following / sigma).to(x))
+        x = denoised + (following / sigma).to(x.dtype) * (x - denoised)
         if callback is not None:
             callback(step, x, denoised)
     return x
@@ -91,8 +92,8 @@ def euler(
     """
     for step, sigma, following in _steps(sigmas):
         denoised = denoise(x, sigma)
-        d = (x - denoised) / sigma.to(x)
-        x = x + (following - sigma).to(x) * d
+        d = (x - denoised) / sigma.to(x.dtype)
+        x = x + (following - sigma).to(x.dtype) * d
         if callback is not None:
             callback(step, x, denoised)
     return x
@@ -114,8 +115,8 @@ def euler_ancestral(
         denoised = denoise(x, sigma)
         up = following * (1 - (following / sigma).square()).sqrt()
         down = (following.square() - up.square()).sqrt()
-        d = (x - denoised) / sigma.to(x)
-        x = x + (down - sigma).to(x) * d + up.to(x) * fresh(x, step)
+        d = (x - denoised) / sigma.to(x.dtype)
+        x = x + (down - sigma).to(x.dtype) * d + up.to(x.dtype) * fresh(x, step)
         if callback is not None:
             callback(step, x, denoised)
     return x
@@ -135,13 +136,13 @@ def heun(
     last = len(sigmas) - 2
     for step, sigma, following in _steps(sigmas):
         denoised = denoise(x, sigma)
-        d = (x - denoised) / sigma.to(x)
-        euler_x = x + (following - sigma).to(x) * d
+        d = (x - denoised) / sigma.to(x.dtype)
+        euler_x = x + (following - sigma).to(x.dtype) * d
         if step == last and _ends_at_zero(sigmas):
             x = euler_x
         else:
-            d_next = (euler_x - denoise(euler_x, following)) / following.to(x)
-            x = x + (following - sigma).to(x) * (d + d_next) / 2
+            d_next = (euler_x - denoise(euler_x, following)) / following.to(x.dtype)
+            x = x + (following - sigma).to(x.dtype) * (d + d_next) / 2
         if callback is not None:
             callback(step, x, denoised)
     return x
@@ -167,9 +168,9 @@ def dpmpp_2m(
         h = sigma.log() - following.log()
         guess = denoised
         if previous is not None and not (step == last and _ends_at_zero(sigmas)):
-            r = (h / (2 * previous_h)).to(x)
+            r = (h / (2 * previous_h)).to(x.dtype)
             guess = denoised + r * (denoised - previous)
-        x = torch.lerp(guess, x, (following / sigma).to(x))
+        x = guess + (following / sigma).to(x.dtype) * (x - guess)
         previous, previous_h = denoised, h
         if callback is not None:
             callback(step, x, denoised)

@@ -124,15 +124,17 @@ def step_grid(schedule: NoiseSchedule, num_steps: int, spacing: str = "trailing"
         schedule: the model's forward process.
         num_steps: steps of the sampler.
         spacing: where the timesteps lie. `trailing` starts at T - 1 (Lin et al. 2023, table 2);
-            `leading` is DDIM's and Stable Diffusion's, offset by one; `linspace` spans [0, T - 1];
+            `leading` is DDIM's and Stable Diffusion's, offset by one, for less than T steps;
+            `linspace` spans [0, T - 1];
             `karras` is even in sigma^(1/7) (Karras et al. 2022, eq. 5).
 
     Raises:
         ValueError: unknown spacing, or more steps than timesteps.
     """
     count = schedule.num_timesteps
-    if not 1 <= num_steps <= count:
-        raise ValueError(f"num_steps must be in 1..{count}; got {num_steps}")
+    most = count - 1 if spacing == "leading" else count
+    if not 1 <= num_steps <= most:
+        raise ValueError(f"num_steps must be in 1..{most}; got {num_steps}")
     match spacing:
         case "trailing":
             t = (

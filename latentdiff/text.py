@@ -88,11 +88,19 @@ class TextEncoder(nn.Module):
         words = Path(directory) / "tokenizer"
         self.tokenizer.save_pretrained(words)
         self.tokenizer.backend_tokenizer.model.save(str(words))  # vocab.json, merges.txt
-        self.model.save_pretrained(Path(directory) / "text_encoder")
+        # The published towers' names: transformers had a text_model in the tower up to 5.3, and
+        # newer ones leave it out in files too, which older ones would read as no weights at all.
+        inner = getattr(self.model, "text_model", self.model).state_dict()
+        named = {f"text_model.{name}": value for name, value in inner.items()}
+        self.model.save_pretrained(Path(directory) / "text_encoder", state_dict=named)
 
     @classmethod
     def load(cls, directory: str | Path) -> TextEncoder:
-        """Open `tokenizer/` and `text_encoder/` below a directory, or the same of a hub id."""
+        """Open `tokenizer/` and `text_encoder/` below a directory, or the same of a hub id.
+
+        Raises:
+            ValueError: there is no such directory or hub id, or it holds no text tower.
+        """
         from transformers import CLIPTextModel, CLIPTokenizer
 
         path = Path(directory)
@@ -100,13 +108,21 @@ class TextEncoder(nn.Module):
             raise ValueError(
                 f"{directory} holds no text tower; expected text_encoder/ and tokenizer/ in it"
             )
-        if path.is_dir() or str(directory).count("/") == 1:
-            source, tower, words = str(directory), "text_encoder", "tokenizer"
-            if not path.is_dir() and _is_plain_clip(source):
-                tower = words = ""
+        if not path.is_dir() and str(directory).count("/") != 1:
+            raise ValueError(f"text tower {directory} not found; give a directory or a hub id")
+        source, tower, words = str(directory), "text_encoder", "tokenizer"
+        if not path.is_dir() and _is_plain_clip(source):
+            tower = words = ""
+        try:
             tokenizer = CLIPTokenizer.from_pretrained(source, subfolder=words)
             return cls(tokenizer, CLIPTextModel.from_pretrained(source, subfolder=tower))
-        raise ValueError(f"text tower {directory} not found; give a directory or a hub id")
+        except OSError as error:
+            if path.is_dir():
+                raise
+            raise ValueError(
+                f"text tower {directory} is no directory here, and the hub did not give one of "
+                f"that name ({type(error).__name__}); give a directory or a hub id"
+            ) from error
 
 
 def new_tower(config: SmallTextConfig, tokenizer: Any) -> nn.Module:
@@ -139,7 +155,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, context_length: in
         context_length: tokens of a prompt.
 
     Raises:
-        ValueError: there is no caption.
+        ValueError: there is no caption, or no room for the bytes.
     """
     import json
 
@@ -155,9 +171,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, context_length: in
     learner.normalizer, learner.pre_tokenizer = like.normalizer, like.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     num_symbols = 2 * len(alphabet) + 2
-    if vocab_size <= num_symbols:
+    if vocab_size < num_symbols:
         raise ValueError(
-            f"vocab_size must be over {num_symbols} (bytes and ends); got {vocab_size}"
+            f"vocab_size must be at least {num_symbols} (bytes and ends); got {vocab_size}"
         )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2,

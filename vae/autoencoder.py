@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,35 +58,20 @@ class Autoencoder(nn.Module):
     def load(cls, source: str | Path) -> Autoencoder:
         """Open a diffusers AutoencoderKL or AutoencoderTiny: directory, `DIR/vae`, or hub id.
 
+        A hub id may name an autoencoder or a whole pipeline.
+
         Raises:
-            ValueError: the directory holds no such autoencoder.
+            ValueError: there is no such directory or id, or it holds no such autoencoder.
         """
         from diffusers import AutoencoderKL, AutoencoderTiny
 
-        path = Path(source)
-        if path.is_dir():
-            path = path / "vae" if (path / "vae").is_dir() else path
-            if not (path / "config.json").is_file():
-                raise ValueError(
-                    f"{source} is not an autoencoder: expected a config.json of diffusers' "
-                    "AutoencoderKL or AutoencoderTiny in it or in its vae/ folder"
-                )
-            where: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
-        elif path.suffix or str(source).startswith((".", "/")) or str(source).count("/") != 1:
-            raise ValueError(
-                f"autoencoder {source} not found; expected a directory in diffusers' layout "
-                "or a hub id such as stabilityai/sd-vae-ft-mse"
-            )
-        else:
-            where = {"pretrained_model_name_or_path": str(source)}
-        loaded = AutoencoderKL.load_config(**where)
-        name = loaded.get("_class_name") if isinstance(loaded, dict) else None
-        match name:
+        where, loaded = _locate(source)
+        match loaded.get("_class_name"):
             case "AutoencoderKL":
                 return cls._wrap(AutoencoderKL.from_pretrained(**where))
             case "AutoencoderTiny":
                 return cls._wrap(AutoencoderTiny.from_pretrained(**where))
-            case _:
+            case name:
                 raise ValueError(
                     f"{source} holds a {name}; expected AutoencoderKL or AutoencoderTiny"
                 )
@@ -104,10 +92,17 @@ class Autoencoder(nn.Module):
         """Whether the latent is the image itself."""
         return self.model is None
 
+    @property
+    def folds_norm(self) -> bool:
+        """Whether the network has the two 1x1 convolutions that a per-channel norm fits into."""
+        convolutions = ("quant_conv", "post_quant_conv")
+        return all(getattr(self.model, name, None) is not None for name in convolutions)
+
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation in normalised units, each [b, c, h/d, w/d].
 
         AutoencoderTiny and pixel space are deterministic: their standard deviation is zero.
+        A half-precision overflow is encoded again in float32.
 
         Raises:
             ValueError: height or width is not a multiple of `downscale`.
@@ -115,14 +110,9 @@ class Autoencoder(nn.Module):
         self._check(image)
         if self.model is None:
             return image, torch.zeros_like(image)
-        image = image.to(next(self.model.parameters()).dtype)
-        encoded = self.model.encode(image)
-        if hasattr(encoded, "latent_dist"):
-            posterior = encoded.latent_dist
-            scale = self.norm.scale.to(posterior.std).view(1, -1, 1, 1)
-            return self.norm.normalize(posterior.mean), posterior.std * scale
-        z = self.norm.normalize(encoded.latents)
-        return z, torch.zeros_like(z)
+        mean, std = self._guarded(self._raw_moments, image).chunk(2, dim=1)
+        scale = self.norm.scale.to(std).view(1, -1, 1, 1)
+        return self.norm.normalize(mean), std * scale
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Image -> z; the posterior's mean, or with standard-normal `noise` a sample of it."""
@@ -138,13 +128,10 @@ class Autoencoder(nn.Module):
             FloatingPointError: z itself is not finite, or the float32 pass overflows too.
         """
         if self.model is None:
-            return z
-        dtype = next(self.model.parameters()).dtype
-        image = self.model.decode(self.norm.denormalize(z).to(dtype)).sample
-        if dtype != torch.float32 and not torch.isfinite(image).all():
-            self.model.float()
-            image = self.model.decode(self.norm.denormalize(z.float())).sample
-            self.model.to(dtype)
+            image = z
+        else:
+            raw = self.norm.denormalize(z.float())
+            image = self._guarded(lambda x: self.model.decode(x).sample, raw)
         if not torch.isfinite(image).all():
             raise FloatingPointError(
                 "the decoded image is not finite; expected finite latents "
@@ -153,7 +140,17 @@ class Autoencoder(nn.Module):
         return image
 
     def enable_tiling(self, enabled: bool = True) -> None:
-        """Encode and decode large images tile by tile (less memory, faint seams)."""
+        """Encode and decode large images tile by tile (less memory, faint seams).
+
+        Raises:
+            ValueError: an AutoencoderTiny that diffusers' tiles do not fit.
+        """
+        shape = (self.latent_channels, self.downscale)
+        if enabled and type(self.model).__name__ == "AutoencoderTiny" and shape != (4, 8):
+            raise ValueError(
+                "diffusers tiles an AutoencoderTiny of 4 latent channels and downscale 8 alone; "
+                f"got {shape[0]} and {shape[1]}; leave tiling off"
+            )
         if self.model is not None:
             (self.model.enable_tiling if enabled else self.model.disable_tiling)()
 
@@ -165,18 +162,48 @@ class Autoencoder(nn.Module):
     def save(self, directory: str | Path) -> None:
         """Write the network in diffusers' layout, the norm as its scaling and shift factor.
 
-        A per-channel norm is folded into an AutoencoderKL's 1x1 convolutions first.
+        A per-channel norm is folded into an AutoencoderKL's 1x1 convolutions first. Each file is
+        whole or not there; other files in the directory stay.
+
+        Raises:
+            ValueError: pixel space, or a per-channel norm that fits into no convolution.
+            OSError: it cannot be written.
         """
         if self.model is None:
             raise ValueError("pixel space has no autoencoder to save")
         if self.norm.scale.numel() > 1:
+            if not self.folds_norm:
+                raise ValueError(
+                    f"{type(self.model).__name__} has no 1x1 convolutions to fold a per-channel "
+                    "norm into; use norm.pooled()"
+                )
             self.norm.fold_into(self.model.quant_conv, self.model.post_quant_conv)
             self.norm = LatentNorm.from_scalars()
         shift = self.norm.shift.item()
-        self.model.register_to_config(
-            scaling_factor=self.norm.scale.item(), **({"shift_factor": shift} if shift else {})
-        )
-        self.model.save_pretrained(directory, safe_serialization=True)
+        factors = {"scaling_factor": self.norm.scale.item()}
+        if shift or self.model.config.get("shift_factor"):
+            factors["shift_factor"] = shift
+        self.model.register_to_config(**factors)
+        _write(self.model, Path(directory))
+
+    def _raw_moments(self, image: Tensor) -> Tensor:
+        """Raw mean and standard deviation, one after the other: [b, 2 * c, h, w]."""
+        encoded = self.model.encode(image)
+        if hasattr(encoded, "latent_dist"):
+            return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1)
+        return torch.cat([encoded.latents, torch.zeros_like(encoded.latents)], dim=1)
+
+    def _guarded(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`network(x)` in the weights' precision; where that overflows, again in float32."""
+        dtype = next(self.model.parameters()).dtype
+        out = network(x.to(dtype))
+        if dtype == torch.float32 or torch.isfinite(out).all():
+            return out
+        self.model.float()
+        try:
+            return network(x.float())
+        finally:
+            self.model.to(dtype)
 
     def _check(self, image: Tensor) -> None:
         height, width = image.shape[-2:]
@@ -185,6 +212,51 @@ class Autoencoder(nn.Module):
                 f"image of {height}x{width} px: height and width must be multiples of "
                 f"{self.downscale}; resize or crop it first"
             )
+
+
+def _locate(source: str | Path) -> tuple[dict[str, Any], Any]:
+    """(arguments of from_pretrained, config) of a directory or hub id."""
+    from diffusers import AutoencoderKL
+
+    path, name = Path(source), str(source)
+    if path.is_dir():
+        path = path / "vae" if (path / "vae").is_dir() else path
+        if not (path / "config.json").is_file():
+            raise ValueError(
+                f"{source} is not an autoencoder: expected a config.json of diffusers' "
+                "AutoencoderKL or AutoencoderTiny in it or in its vae/ folder"
+            )
+        where: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
+        return where, AutoencoderKL.load_config(**where)
+    cause: OSError | None = None
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.exists():
+        for folder in (None, "vae"):
+            where = {"pretrained_model_name_or_path": name, "subfolder": folder}
+            try:
+                return where, AutoencoderKL.load_config(**where)
+            except OSError as error:
+                cause = error
+    raise ValueError(
+        f"autoencoder {source} not found; expected a directory in diffusers' layout "
+        "or a hub id such as stabilityai/sd-vae-ft-mse"
+    ) from cause
+
+
+def _write(model: Any, directory: Path) -> None:
+    """Save beside the directory, then move file by file: none is ever half-written."""
+    from safetensors import SafetensorError
+
+    partial = directory.with_name(f".{directory.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial, safe_serialization=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        for file in partial.iterdir():
+            os.replace(file, directory / file.name)
+    except SafetensorError as error:
+        raise OSError(f"{directory}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _new_kl(config: KLConfig) -> Any:
@@ -201,6 +273,7 @@ def _new_kl(config: KLConfig) -> Any:
         latent_channels=config.latent_channels,
         norm_num_groups=config.norm_num_groups,
         mid_block_add_attention=config.mid_block_attention,
+        sample_size=512,  # side of a tile in pixels, nothing else; Stable Diffusion's
         scaling_factor=1.0,
     )
     return AutoencoderKL(**shape)

@@ -104,3 +104,13 @@ class ObjectiveConfig(_Frozen):
     kl: KLTermConfig | None = KLTermConfig()
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
+
+    @model_validator(mode="after")
+    def _compares_pictures(self) -> ObjectiveConfig:
+        pixels = self.reconstruction.l1 + self.reconstruction.l2
+        if not pixels and (self.perceptual is None or not self.perceptual.weight):
+            raise ValueError(
+                "no term compares the output with the picture; got reconstruction.l1 0, "
+                "reconstruction.l2 0 and no perceptual weight; raise one of them"
+            )
+        return self

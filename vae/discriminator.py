@@ -34,9 +34,10 @@ class PatchDiscriminator(nn.Module):
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Hinge loss of the discriminator: `(relu(1 - D(real)) + relu(1 + D(fake))) / 2`."""
-    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+    real, fake = real_logits.float(), fake_logits.float()
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """Hinge loss of the generator: `-D(fake)`."""
-    return -fake_logits.mean()
+    return -fake_logits.float().mean()

@@ -34,7 +34,7 @@ class LatentNorm:
         """Measure per-channel moments in float64 over batches of raw latents [b, c, h, w].
 
         Raises:
-            ValueError: there was no latent, or a channel is constant.
+            ValueError: there was no latent, one is not finite, or a channel is constant.
         """
         count = 0
         total = square = torch.zeros(1, dtype=torch.float64)
@@ -47,6 +47,11 @@ class LatentNorm:
             raise ValueError("cannot measure a latent norm on 0 latents; give at least one batch")
         mean = total / count
         std = (square / count - mean.square()).clamp_min(0).sqrt()
+        if not torch.isfinite(std).all():
+            raise ValueError(
+                "cannot measure a latent norm on latents that are not finite; "
+                "the autoencoder has diverged; lower its learning rate"
+            )
         dead = (std < 1e-6).nonzero().flatten().tolist()
         if dead:
             raise ValueError(
@@ -54,6 +59,13 @@ class LatentNorm:
                 "train longer, lower the KL weight or use fewer latent channels"
             )
         return cls(mean.float(), (1 / std).float())
+
+    def pooled(self) -> LatentNorm:
+        """One shift and one scale for all channels: the moments of all of them together."""
+        shift, scale = self.shift.double(), self.scale.double()
+        mean = shift.mean()
+        variance = (1 / scale.square() + shift.square()).mean() - mean.square()
+        return LatentNorm.from_scalars(variance.rsqrt().item(), mean.item())
 
     def normalize(self, raw: Tensor) -> Tensor:
         """Raw [b, c, h, w] -> z of the same shape."""

@@ -15,7 +15,7 @@ from vae.discriminator import PatchDiscriminator, generator_loss
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """One pass through the autoencoder, raw (un-normalised) units.
+    """One pass through the autoencoder, raw (un-normalised) units, float32.
 
     Attributes:
         image: [b, 3, h, w] what went in.
@@ -31,10 +31,14 @@ class Reconstruction:
 
 
 def reconstruct(model: Any, image: Tensor, noise: Tensor) -> Reconstruction:
-    """Encode, draw from the posterior with the given standard-normal noise, decode."""
+    """Encode, draw from the posterior with the given standard-normal noise, decode.
+
+    The networks may run in half precision; what the loss sees is float32.
+    """
     posterior = model.encode(image).latent_dist
     z = posterior.mean + posterior.std * noise
-    return Reconstruction(image, model.decode(z).sample, posterior.mean, posterior.logvar)
+    output = model.decode(z).sample
+    return Reconstruction(image, output.float(), posterior.mean.float(), posterior.logvar.float())
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:

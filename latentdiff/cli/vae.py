@@ -59,6 +59,7 @@ def reconstruct(
     """
     from data_pipelines.config import DataConfig
     from latentdiff.devices import resolve_device
+    from latentdiff.pictures import save_png
     from latentdiff.pipeline import PRETRAINED
     from latentdiff.reconstruction import score_reconstructions
     from vae.autoencoder import Autoencoder
@@ -68,8 +69,6 @@ def reconstruct(
     config = DataConfig(shards=tuple(data), size_px=size, where=_where(where or []))
     score, sheet = score_reconstructions(autoencoder, config, chosen, num_shown)
     out.parent.mkdir(parents=True, exist_ok=True)
-    from latentdiff.pictures import save_png
-
     save_png(sheet, out)
     typer.echo(
         f"{out}  PSNR {score.psnr_db:.2f} dB  SSIM {score.ssim:.4f}  ({score.num_images} pictures)"
@@ -77,8 +76,13 @@ def reconstruct(
 
 
 def _where(options: list[str]) -> dict[str, tuple[str | int | bool, ...]]:
+    import yaml
+
     pairs = [option.partition("=") for option in options]
     for option, (field, _, values) in zip(options, pairs, strict=True):
         if not field or not values:
             raise ValueError(f"--where {option!r}: expected FIELD=VALUE, such as style=noto")
-    return {field: tuple(values.split(",")) for field, _, values in pairs}
+    return {
+        field: tuple(yaml.safe_load(value) for value in values.split(","))
+        for field, _, values in pairs
+    }

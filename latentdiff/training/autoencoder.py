@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from latentdiff.devices import autocast, resolve_device
 from latentdiff.ema import Ema
 from latentdiff.randomness import normal
 from latentdiff.reconstruction import score_reconstructions
-from latentdiff.training.checkpoint import find_checkpoint, save_checkpoint
+from latentdiff.training.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from latentdiff.training.log import RunLog
 from latentdiff.training.optim import (
     load_optimizer_tensors,
@@ -27,16 +28,22 @@ from latentdiff.training.optim import (
 from vae.autoencoder import Autoencoder
 from vae.discriminator import discriminator_loss
 from vae.latent_norm import LatentNorm
-from vae.objective import Objective, Reconstruction, reconstruct
+from vae.objective import Objective, reconstruct
 
 _NORM_IMAGES = 2048  # pictures that the latent norm is measured on
 
 
 def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
-    """Run `config` to its end and export the autoencoder; returns its directory."""
+    """Run `config` to its end and export the autoencoder; returns its directory.
+
+    Raises:
+        ValueError: no KL autoencoder, a picture size that it does not divide, or a checkpoint that
+            does not fit.
+    """
     torch.manual_seed(config.seed)
     device, out = resolve_device(config.loop.device), Path(config.out)
     autoencoder = Autoencoder.build(config.autoencoder)
+    _check(autoencoder, config)
     format_ = torch.channels_last if config.loop.channels_last else torch.contiguous_format
     model = autoencoder.model.to(device, memory_format=format_).train()
     objective = Objective(config.objective).to(device)
@@ -48,11 +55,9 @@ def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
     step = 0
     if (checkpoint := find_checkpoint(out / "checkpoints", resume)) is not None:
         step = checkpoint.step
-        with torch.no_grad():
-            for name, value in checkpoint.group("model").items():
-                weights[name].copy_(value)
+        checkpoint.restore("model", weights)
         load_optimizer_tensors(optimizer, weights, checkpoint.group("optimizer"))
-        critic.load(checkpoint.group("critic"), checkpoint.group("critic_optimizer"))
+        critic.load(checkpoint)
         if ema is not None:
             ema.load(checkpoint.group("ema"), checkpoint.state["ema_updates"])
 
@@ -66,7 +71,7 @@ def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
     with RunLog(out, config, loop.num_steps, step) as log:
         while step < loop.num_steps:
             totals: dict[str, Tensor] = {}
-            passed: Reconstruction | None = None
+            pairs: list[tuple[Tensor, Tensor]] = []  # real, reconstructed
             for _ in range(loop.accumulation):
                 batch = next(batches)
                 assert batch.images is not None
@@ -77,6 +82,7 @@ def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
                     passed = reconstruct(model, image, noise.to(device))
                     terms = objective(passed, step)
                 (terms["loss"] / loop.accumulation).backward()
+                pairs.append((image, passed.output.detach()))
                 for name, value in terms.items():
                     totals[name] = totals.get(name, 0) + value.detach() / loop.accumulation
             rate = lr_at(step, loop.num_steps, config.optimizer)
@@ -84,8 +90,7 @@ def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
                 optimizer, weights.values(), rate, config.optimizer
             )
             if objective.adversarial_at(step) is not None:
-                assert passed is not None
-                totals["critic_loss"] = critic.step(passed.image, passed.output.detach())
+                totals["critic_loss"] = critic.step(pairs)
             step += 1
             if ema is not None:
                 ema.update()
@@ -122,14 +127,18 @@ class _Critic:
             else torch.optim.AdamW(self.weights.values(), lr=term.lr, betas=(0.5, 0.9))
         )
 
-    def step(self, real: Tensor, fake: Tensor) -> Tensor:
+    def step(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """One step on all micro-batches (real, fake); returns the mean loss."""
         assert self.module is not None and self.optimizer is not None
         self.optimizer.zero_grad(set_to_none=True)  # the generator's pass left gradients here
-        loss = discriminator_loss(self.module(real), self.module(fake))
-        loss.backward()
+        losses: list[Tensor] = []
+        for real, fake in pairs:
+            loss = discriminator_loss(self.module(real), self.module(fake)) / len(pairs)
+            loss.backward()
+            losses.append(loss.detach())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return torch.stack(losses).sum()
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         if self.optimizer is None:
@@ -139,13 +148,32 @@ class _Critic:
             "critic_optimizer": optimizer_tensors(self.optimizer, self.weights),
         }
 
-    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        if self.optimizer is None or not weights:
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Restore it; a critic that the checkpoint does not have yet starts fresh."""
+        if self.optimizer is None or not checkpoint.group("critic"):
             return
-        with torch.no_grad():
-            for name, parameter in self.weights.items():
-                parameter.copy_(weights[name])
-        load_optimizer_tensors(self.optimizer, self.weights, optimizer)
+        checkpoint.restore("critic", self.weights)
+        state = checkpoint.group("critic_optimizer")
+        load_optimizer_tensors(self.optimizer, self.weights, state)
+
+
+def _check(autoencoder: Autoencoder, config: AutoencoderRun) -> None:
+    """Refuse at the start what would fail at a later step, or at the export."""
+    from diffusers import AutoencoderKL
+
+    if not isinstance(autoencoder.model, AutoencoderKL):
+        raise ValueError(
+            f"autoencoder.pretrained {config.autoencoder.pretrained} is an "
+            f"{type(autoencoder.model).__name__}; only an AutoencoderKL can be trained"
+        )
+    sizes = {"data.size_px": config.data.size_px, "data.crop_px": config.data.output_px}
+    if config.val is not None:
+        sizes["val.size_px"] = config.val.output_px
+    for name, px in sizes.items():
+        if px % autoencoder.downscale:
+            raise ValueError(
+                f"{name} must be a multiple of the autoencoder's {autoencoder.downscale}; got {px}"
+            )
 
 
 def _validate(
@@ -167,16 +195,18 @@ def _validate(
 
 @torch.no_grad()
 def _export(autoencoder: Autoencoder, config: AutoencoderRun, device: torch.device) -> Path:
-    """Measure the latent norm on whole training pictures, fold it in, save."""
+    """Measure the latent norm on whole training pictures from all shards, fold it in, save."""
     whole = config.data.model_copy(update={"crop_px": None})
     loader = Loader(whole, config.seed, batch_size=1)
     count = min(_NORM_IMAGES, len(loader))
+    indices = [i * len(loader) // count for i in range(count)]
     batches = (
-        torch.stack([loader.image(i) for i in range(start, min(start + 64, count))]).to(device)
+        torch.stack([loader.image(i) for i in indices[start : start + 64]]).to(device)
         for start in range(0, count, 64)
     )
     autoencoder.norm = LatentNorm.from_scalars()
-    autoencoder.norm = LatentNorm.measure(autoencoder.encode(images) for images in batches)
+    norm = LatentNorm.measure(autoencoder.encode(images) for images in batches)
+    autoencoder.norm = norm if autoencoder.folds_norm else norm.pooled()
     target = Path(config.export or Path(config.out) / "autoencoder")
     autoencoder.save(target)
     return target

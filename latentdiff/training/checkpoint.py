@@ -1,7 +1,8 @@
 """What of a run survives? Checkpoints that exist whole or not at all; no pickle.
 
 `checkpoints/step-N/` holds `tensors.safetensors`, `state.json` and `manifest.json` (SHA-256 of
-both). It is written under a temporary name, flushed, renamed, and then named by `latest`.
+both). It is written under a temporary name, flushed, renamed, and then named by `latest`. Newest is
+what was saved last, which `sequence` in the state counts: steps start over with `--resume none`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,6 +39,28 @@ class Checkpoint:
         start = f"{prefix}/"
         return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
 
+    @torch.no_grad()
+    def restore(self, prefix: str, into: Mapping[str, Tensor]) -> None:
+        """Copy the tensors below `prefix/` into those of the same names.
+
+        Raises:
+            ValueError: names or shapes differ: the run's config is another.
+        """
+        group = self.group(prefix)
+        wrong = sorted(
+            name
+            for name in group.keys() | into.keys()
+            if name not in group or name not in into or group[name].shape != into[name].shape
+        )
+        if wrong:
+            raise ValueError(
+                f"the checkpoint of step {self.step} does not fit this run: {len(wrong)} tensors "
+                f"of {prefix} differ, such as {wrong[0]}; resume with the config that it was saved "
+                "with, or --resume none"
+            )
+        for name, value in group.items():
+            into[name].copy_(value)
+
 
 def save_checkpoint(
     root: Path,
@@ -50,34 +77,41 @@ def save_checkpoint(
         groups: name -> tensors ("model", "ema", "optimizer").
         state: counters, JSON.
         keep: how many checkpoints stay.
+
+    Raises:
+        OSError: it cannot be written; the earlier checkpoints are as they were.
     """
     final, temporary = root / f"step-{step}", root / f".tmp-step-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    pointer = root / ".tmp-latest"
+    _remove_temporaries(root)
+    sequence = 1 + max(map(_sequence, _newest_first(root, 0)), default=0)
     try:
+        temporary.mkdir(parents=True)
         tensors = {
             f"{group}/{name}": tensor.detach().cpu().contiguous().clone()
             for group, members in groups.items()
             for name, tensor in members.items()
         }
         save_file(tensors, temporary / _TENSORS)
-        (temporary / _STATE).write_text(json.dumps({"step": step, **state}, indent=2))
+        counters = {**state, "step": step, "sequence": sequence}
+        (temporary / _STATE).write_text(json.dumps(counters, indent=2))
         hashes = {name: _sha256(temporary / name) for name in (_TENSORS, _STATE)}
         (temporary / _MANIFEST).write_text(json.dumps(hashes, indent=2))
-        for path in temporary.iterdir():
+        for path in (*temporary.iterdir(), temporary):
             _fsync(path)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
+        pointer.write_text(final.name)
+        _fsync(pointer)
+        pointer.rename(root / "latest")
         _fsync(root)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        _remove_temporaries(root)
+        if isinstance(error, SafetensorError):  # which is how a full disk is told
+            raise OSError(f"{final} cannot be written: {error}") from error
         raise
-    pointer = root / ".tmp-latest"
-    pointer.write_text(final.name)
-    _fsync(pointer)
-    pointer.rename(root / "latest")
-    for old in _steps(root)[:-keep]:
-        shutil.rmtree(root / f"step-{old}", ignore_errors=True)
+    for old in _newest_first(root, unreadable=0)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -86,20 +120,32 @@ def find_checkpoint(root: Path, resume: str) -> Checkpoint | None:
 
     Args:
         root: the run's `checkpoints` directory.
-        resume: `none`; `auto` (the newest valid one, or none); or a checkpoint's directory.
+        resume: `none`; `auto` (the newest valid one, or none where there is none yet); or a
+            checkpoint's directory.
 
     Raises:
-        ValueError: a directory named by the user is no valid checkpoint.
+        ValueError: a directory named by the user is no valid checkpoint, or `auto` found broken
+            ones alone.
     """
     if resume == "none":
         return None
     if resume != "auto":
         return read_checkpoint(Path(resume))
-    for step in reversed(_steps(root)):
+    problems: list[str] = []
+    for directory in _newest_first(root, unreadable=sys.maxsize):
         try:
-            return read_checkpoint(root / f"step-{step}")
-        except ValueError:
+            found = read_checkpoint(directory)
+        except ValueError as error:
+            problems.append(str(error))
             continue
+        for problem in problems:
+            warnings.warn(f"{problem}; step {found.step} is used instead", stacklevel=2)
+        return found
+    if problems:
+        raise ValueError(
+            f"{root} holds no valid checkpoint: {problems[0]}; restore one, or start over with "
+            "--resume none"
+        )
     return None
 
 
@@ -109,23 +155,48 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         ValueError: it is missing, incomplete or altered.
     """
+    state = _read_state(directory)
+    _check_hash(directory, _TENSORS)
+    return Checkpoint(state["step"], load_file(directory / _TENSORS), state)
+
+
+def _read_state(directory: Path) -> dict[str, Any]:
+    _check_hash(directory, _STATE)
+    return json.loads((directory / _STATE).read_text())
+
+
+def _check_hash(directory: Path, name: str) -> None:
     manifest = directory / _MANIFEST
     if not manifest.is_file():
         raise ValueError(f"{directory} is not a checkpoint; expected {_MANIFEST} in it")
     try:
-        hashes = json.loads(manifest.read_text())
-        for name in (_TENSORS, _STATE):
-            if _sha256(directory / name) != hashes[name]:
-                raise ValueError(f"{directory / name} does not match its hash in {_MANIFEST}")
-        state = json.loads((directory / _STATE).read_text())
+        matches = _sha256(directory / name) == json.loads(manifest.read_text())[name]
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{directory} is not a whole checkpoint ({error})") from error
-    return Checkpoint(state["step"], load_file(directory / _TENSORS), state)
+    if not matches:
+        raise ValueError(f"{directory / name} does not match its hash in {_MANIFEST}")
 
 
-def _steps(root: Path) -> list[int]:
-    names = (p.name for p in root.glob("step-*") if p.is_dir())
-    return sorted(int(n.removeprefix("step-")) for n in names if n[5:].isdigit())
+def _newest_first(root: Path, unreadable: int) -> list[Path]:
+    """Directories from the one saved last; a broken state counts as sequence `unreadable`."""
+    found = [p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
+    key = {path: (_sequence(path, unreadable), int(path.name[5:])) for path in found}
+    return sorted(found, key=lambda path: key[path], reverse=True)
+
+
+def _sequence(directory: Path, unreadable: int = 0) -> int:
+    try:
+        return _read_state(directory).get("sequence", 0)
+    except ValueError:
+        return unreadable
+
+
+def _remove_temporaries(root: Path) -> None:
+    for path in root.glob(".tmp-*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

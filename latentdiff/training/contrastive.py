@@ -103,9 +103,7 @@ def train_contrastive(config: ContrastiveRun, resume: str = "auto") -> Path:
     step = 0
     if (checkpoint := find_checkpoint(out / "checkpoints", resume)) is not None:
         step = checkpoint.step
-        with torch.no_grad():
-            for name, value in checkpoint.group("model").items():
-                weights[name].copy_(value)
+        checkpoint.restore("model", weights)
         load_optimizer_tensors(optimizer, weights, checkpoint.group("optimizer"))
     loader.cursor = step * loop.batch_size
 

@@ -55,6 +55,8 @@ def train_diffusion(config: DiffusionRun, resume: str = "auto") -> Path:
     loader = Loader(config.data, config.seed, micro, with_images=not config.cache_latents)
     captions = vocabulary_captions(loader.index, config.data.captions, config.seed)
     model = Pipeline.new(config, captions).to(device)
+    if not loop.channels_last:
+        model.unet.to(memory_format=torch.contiguous_format)
     trained = _prepare(model, config)
     optimizer = make_adamw(trained, config.optimizer)
     weights = named_trainable(trained)
@@ -118,7 +120,8 @@ def batch_loss(model: Pipeline, clean: Tensor, batch: Batch, config: DiffusionRu
     """
     positions = range(batch.position, batch.position + len(clean))
     draws = uniform(config.seed, positions, "timestep")
-    t = uniform_timesteps(torch.from_numpy(draws), model.schedule.num_timesteps).to(clean.device)
+    # t stays on the CPU beside the float64 schedule, which not every device could hold
+    t = uniform_timesteps(torch.from_numpy(draws), model.schedule.num_timesteps)
     noise = normal(clean.shape[1:], config.seed, positions, "noise").to(clean.device)
     noisy = model.schedule.add_noise(clean, noise, t)
     objective = config.objective
@@ -131,7 +134,7 @@ def batch_loss(model: Pipeline, clean: Tensor, batch: Batch, config: DiffusionRu
             dropped = torch.from_numpy(uniform(config.seed, positions, "caption_drop"))
             captions = drop_captions(list(batch.captions), dropped, objective.caption_dropout)
             cond = model.text.encode(captions)
-        output = as_network(model.unet)(noisy, t, cond)
+        output = as_network(model.unet)(noisy, t.to(clean.device), cond)
     expected = target(model.schedule, clean, noise, t, model.prediction)
     return denoising_loss(output, expected, weight)
 
@@ -159,7 +162,7 @@ def _prepare(model: Pipeline, config: DiffusionRun) -> dict[str, nn.Module]:
     model.autoencoder.eval().requires_grad_(False)
     trained: dict[str, nn.Module] = {"unet": model.unet.train()}
     if model.text is not None:
-        if getattr(config.text, "trained", False):
+        if config.train_text:
             trained["text"] = model.text.train()
         else:
             model.text.eval().requires_grad_(False)
@@ -168,5 +171,15 @@ def _prepare(model: Pipeline, config: DiffusionRun) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def _copy(values: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> None:
+    """Take over a checkpoint's weights; ValueError if they are another model's."""
+    saved = {name: tuple(value.shape) for name, value in values.items()}
+    here = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if saved != here:
+        name = min(n for n in saved.keys() | here.keys() if saved.get(n) != here.get(n))
+        raise ValueError(
+            f"the checkpoint is of another model: {name} is {saved.get(name, 'missing')} there and "
+            f"{here.get(name, 'missing')} here; use the config that it was made with, another "
+            "`out`, or --resume none"
+        )
     for name, weight in weights.items():
         weight.copy_(values[name])

@@ -33,6 +33,7 @@ class RunLog:
         self.out = out
         self.num_steps = num_steps
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+        _cut_after(out / "metrics.jsonl", first_step)
         self._lines = (out / "metrics.jsonl").open("a")
         self._start, self._first = time.monotonic(), first_step
         self._last, self._last_step = self._start, first_step
@@ -89,6 +90,15 @@ class RunLog:
     ) -> None:
         """Close, whatever happened."""
         self.close()
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and half a line: the run that goes on writes them again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+        kept = path.with_name(f".tmp-{path.name}")
+        kept.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        kept.replace(path)
 
 
 def _duration(seconds: float) -> str:

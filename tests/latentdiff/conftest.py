@@ -66,6 +66,7 @@ def tiny_diffusion_run(
                 "num_steps": 2,
                 "styles": ["fluent 3d", "fluent flat"],
             },
+            "train_text": True,
             "cache_latents": True,
             "loop": {
                 "num_steps": 4,

@@ -99,3 +99,90 @@ def test_not_a_model_directory(tmp_path: Path, tiny_model: Path) -> None:
         Pipeline.load(tmp_path)
     schedule = json.loads((tiny_model / "scheduler" / "scheduler_config.json").read_text())
     assert schedule["prediction_type"] == "v_prediction"
+
+
+def test_opens_what_diffusers_saved(tiny_model: Path, tmp_path: Path) -> None:
+    """Stable Diffusion 1.x in miniature: scalar latent scale, PNDM, epsilon, one head count."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    text: Any = CLIPTextModel.from_pretrained(str(tiny_model / "text_encoder"))
+    theirs: Any = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8),  # pyright: ignore[reportArgumentType]  # their hint: one
+            down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
+            up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.18215,
+        ),
+        text_encoder=text,
+        tokenizer=CLIPTokenizer.from_pretrained(str(tiny_model / "tokenizer")),
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=text.config.hidden_size,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        ),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            steps_offset=1,
+        ),
+        safety_checker=None,  # pyright: ignore[reportArgumentType]  # None is what they document
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    theirs.save_pretrained(tmp_path / "sd")
+    ours = Pipeline.load(tmp_path / "sd")
+    start = normal((4, 8, 8), 1, [0], "test")
+    drawn = ours.generate("a cat", latents=start, steps=8, sampler="ddim", guidance_scale=2.0)
+    theirs.scheduler = DDIMScheduler.from_config(
+        theirs.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(
+        "a cat", latents=start.clone(), num_inference_steps=8, guidance_scale=2.0
+    ).images
+    assert drawn[0].size == (16, 16)
+    assert np.abs(pixels(drawn) - pixels(expected)).mean() < 1
+
+
+def test_continues_from_a_model(
+    assets: Path, tiny_model: Path, tiny_run: Any, tmp_path: Path
+) -> None:
+    from latentdiff.config import DiffusionRun
+    from latentdiff.training.diffusion import train_diffusion
+
+    inherited = {"autoencoder", "text", "unet", "schedule"}
+    values = tiny_run.model_dump(exclude=inherited) | {"out": str(tmp_path / "more")}
+    run = DiffusionRun.model_validate(values | {"init_from": str(tiny_model)})
+    model = train_diffusion(run)
+    assert Pipeline.load(model).defaults.styles == ("fluent 3d", "fluent flat")
+    before, after = Pipeline.load(tiny_model), Pipeline.load(model)
+    name = "unet.conv_in.weight"
+    assert not torch.equal(before.unet.conv_in.weight, after.unet.conv_in.weight), name
+    for old, new in zip(
+        before.autoencoder.parameters(), after.autoencoder.parameters(), strict=True
+    ):
+        assert torch.equal(old, new)
+    with pytest.raises(ValueError, match="leave out unet"):
+        DiffusionRun.model_validate(
+            values | {"init_from": "box", "unet": tiny_run.unet.model_dump()}
+        )
+    wrong = values | {"init_from": str(tiny_model), "objective": {"prediction": "epsilon"}}
+    with pytest.raises(ValueError, match="set objective.prediction=v"):
+        train_diffusion(DiffusionRun.model_validate(wrong))

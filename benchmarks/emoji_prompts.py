@@ -1,0 +1,53 @@
+"""Which 64 prompts show what the model in the box can do? 32 seen, 32 never seen together.
+
+    python benchmarks/emoji_prompts.py data/emoji docs/prompts/emoji_64.txt
+
+The first 32 lines are captions of training pictures, the last 32 of `test_pair` cells: the thing was
+seen in other styles, the style with other things, never the two together. Both are drawn by a fixed
+seed from what the config `ldm_emoji` lets in.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines.index import scan
+from data_pipelines.shards import expand_shards
+from latentdiff.config import DiffusionRun, load
+
+SEED = 0
+
+
+def captions(data: Path, split: str, where: dict, count: int) -> list[str]:
+    """`count` captions of a split, no thing twice."""
+    index = scan(expand_shards([str(data / f"{split}-*.tar")]), where)
+    chosen: dict[str, str] = {}
+    for i in np.random.default_rng(SEED).permutation(len(index.samples)):
+        entry = index.samples[i]
+        chosen.setdefault(entry.metadata()["family"], entry.read("txt").decode().strip())
+        if len(chosen) == count:
+            break
+    return list(chosen.values())
+
+
+def main() -> None:
+    """Parse the two paths and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="what `latentdiff data emoji` made")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    config = load("ldm_emoji")
+    assert isinstance(config, DiffusionRun)
+    lines = [
+        caption
+        for split in ("train", "test_pair")
+        for caption in captions(arguments.data, split, dict(config.data.where), 32)
+    ]
+    arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

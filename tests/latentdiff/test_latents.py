@@ -1,0 +1,49 @@
+"""Are cached latents those that would be encoded as they are drawn?"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipelines.config import DataConfig
+from data_pipelines.loader import Batch, Loader
+from latentdiff.training.latents import LatentCache, encode_batch, posterior_noise
+from vae.autoencoder import Autoencoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data(assets: Path) -> DataConfig:
+    return DataConfig(shards=(str(assets / "val-*.tar"),), size_px=16)
+
+
+def batches(data: DataConfig, batch_size: int, count: int) -> list[Batch]:
+    return list(islice(Loader(data, seed=5, batch_size=batch_size), count))
+
+
+def test_cached_and_fresh_latents_agree(data: DataConfig, tiny_autoencoder: Path) -> None:
+    autoencoder = Autoencoder.load(tiny_autoencoder).eval()
+    cache = LatentCache.encode(autoencoder, Loader(data, 5, 1), CPU)
+    assert cache.mean.shape == cache.std.shape == (30, 4, 4, 4)
+    assert cache.mean.dtype == torch.float16 and (cache.std > 0).all()
+    drawn = []
+    for batch in batches(data, 10, 6):  # two epochs
+        cached, fresh = cache.draw(batch, seed=5), encode_batch(autoencoder, batch, 5, CPU)
+        assert cached.dtype == fresh.dtype == torch.float32
+        torch.testing.assert_close(cached, fresh, rtol=2e-3, atol=5e-3)  # float16 moments
+        drawn.append(cached)
+    assert not torch.equal(torch.cat(drawn[:3]), torch.cat(drawn[3:]))
+
+
+def test_the_posteriors_noise_depends_on_the_position_alone(data: DataConfig) -> None:
+    like = torch.zeros(12, 4, 4, 4)
+    (large,), small = batches(data, 12, 1), batches(data, 4, 3)
+    whole = posterior_noise(like, large, seed=5)
+    parts = [posterior_noise(like[:4], batch, seed=5) for batch in small]
+    assert torch.equal(whole, torch.cat(parts))
+    assert not torch.equal(whole, posterior_noise(like, large, seed=6))
+    assert abs(whole.mean()) < 0.2 and abs(whole.std() - 1) < 0.2
