@@ -2,9 +2,9 @@
 
     python benchmarks/emoji_prompts.py data/emoji docs/prompts/emoji_64.txt
 
-The first 32 lines are captions of training pictures, the last 32 of `test_pair` cells: the thing was
-seen in other styles, the style with other things, never the two together. Both are drawn by a fixed
-seed from what the config `ldm_emoji` lets in.
+The first 32 lines are captions of training pictures, the last 32 of `test_pair` cells: the thing
+was seen in other styles, the style with other things, never the two together. Both are drawn by a
+fixed seed from what the config `ldm_emoji` lets in.
 """
 
 from __future__ import annotations

@@ -294,6 +294,11 @@ class DiffusionRun(_Run):
                     f"leave out {', '.join(sorted(given))}, or set init_from: null"
                 )
             return self
+        if self.autoencoder.kind != "identity" and self.autoencoder.pretrained is None:
+            raise ValueError(
+                "autoencoder.pretrained is null; a diffusion model needs a trained autoencoder: "
+                "give a directory that `latentdiff vae train` exported, or a hub id"
+            )
         if self.text.kind == "none" and self.train_text:
             raise ValueError("train_text is true but text.kind is none; set train_text: false")
         if self.text.kind == "none" and any(self.unet.cross_attention):
@@ -331,7 +336,6 @@ class ContrastiveRun(_Run):
     kind: Literal["contrastive"] = "contrastive"
     text: SmallTextConfig = SmallTextConfig()
     image: ImageTowerConfig = ImageTowerConfig()
-    val: DataConfig | None = None
     export: str | None = None
 
 

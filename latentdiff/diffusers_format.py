@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,6 @@ def write_model_index(directory: Path) -> None:
     (directory / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
-@cache
 def weights_hash(directory: Path) -> str:
     """First 16 hex digits of the SHA-256 over all safetensors, in the order of their paths."""
     digest = hashlib.sha256()

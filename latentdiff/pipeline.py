@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from data_pipelines.transforms import to_image
@@ -25,6 +26,7 @@ from latentdiff.diffusers_format import (
     weights_hash,
     write_model_index,
 )
+from latentdiff.files import staged
 from latentdiff.guidance import ClassifierFree
 from latentdiff.randomness import normal
 from latentdiff.samplers import STOCHASTIC, find_sampler
@@ -86,7 +88,8 @@ class Pipeline:
         size_px, downscale = config.data.output_px, autoencoder.downscale
         if size_px % downscale:
             raise ValueError(
-                f"data.size_px must be a multiple of the autoencoder's {downscale}; got {size_px}"
+                f"pictures are {size_px} px (data.crop_px or data.size_px); expected a multiple of "
+                f"the autoencoder's {downscale}"
             )
         text = build_text(config.text, captions)
         unet = new_unet(
@@ -117,8 +120,8 @@ class Pipeline:
             )
         if config.data.output_px % model.size_multiple_px:
             raise ValueError(
-                f"data.size_px must be a multiple of {model.size_multiple_px} for {init_from}; "
-                f"got {config.data.output_px}"
+                f"pictures are {config.data.output_px} px (data.crop_px or data.size_px); "
+                f"expected a multiple of {model.size_multiple_px} for {init_from}"
             )
         styles = config.samples.styles or model.defaults.styles
         model.defaults = replace(model.defaults, styles=styles)
@@ -170,29 +173,30 @@ class Pipeline:
             "text_encoder": self.text.model,
         }
         kept = {name: module.dtype for name, module in modules.items()}
-        for module in modules.values():
-            cast(module, module.device, dtype)
         try:
-            self.unet.save_pretrained(target / "unet", safe_serialization=True)
-            self.autoencoder.save(target / "vae")
-            self.text.save(target)
+            for module in modules.values():
+                cast(module, module.device, dtype)
+            with staged(target) as partial:
+                self.unet.save_pretrained(partial / "unet", safe_serialization=True)
+                self.autoencoder.save(partial / "vae")
+                self.text.save(partial)
+                self._save_description(partial)
+        except SafetensorError as error:  # which is how a full disk is told
+            raise OSError(f"{target} cannot be written: {error}") from error
         finally:
             for name, module in modules.items():
                 cast(module, module.device, kept[name])
-        path = target / "scheduler" / "scheduler_config.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(
-            json.dumps(scheduler_config(self.schedule_config, self.prediction), indent=2)
-        )
-        write_model_index(target)
-        extras = {
-            "num_steps": self.defaults.num_steps,
-            "guidance_scale": self.defaults.guidance_scale,
-            "sampler": self.defaults.sampler,
-            "styles": list(self.defaults.styles),
-        }
-        (target / _EXTRAS).write_text(json.dumps(extras, indent=2))
         self.source = target
+
+    def _save_description(self, directory: Path) -> None:
+        """What diffusers and we need to know beside the weights."""
+        description = scheduler_config(self.schedule_config, self.prediction)
+        (directory / "scheduler").mkdir()
+        (directory / "scheduler" / "scheduler_config.json").write_text(
+            json.dumps(description, indent=2)
+        )
+        write_model_index(directory)
+        (directory / _EXTRAS).write_text(json.dumps(asdict(self.defaults), indent=2))
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Pipeline:
         """Move all networks; returns self."""

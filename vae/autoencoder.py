@@ -46,7 +46,7 @@ class Autoencoder(nn.Module):
         """A new network, or the pretrained one that the config names."""
         match config:
             case IdentityConfig():
-                return cls(None, LatentNorm.from_scalars(), config.channels, 1)
+                return cls(None, LatentNorm.from_scalars(), latent_channels=3, downscale=1)
             case KLConfig() | TinyConfig() if config.pretrained is not None:
                 return cls.load(config.pretrained)
             case KLConfig():

@@ -56,7 +56,6 @@ class IdentityConfig(_Frozen):
     """Pixel space: the latent is the image itself (DDPM, Imagen)."""
 
     kind: Literal["identity"] = "identity"
-    channels: int = Field(default=3, ge=1)
 
     @property
     def downscale(self) -> int:

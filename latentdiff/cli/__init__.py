@@ -111,7 +111,7 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         place = f"{error.filename}: " if error.filename is not None else ""
         return _fail(error, f"{place}{error.strerror}" if error.strerror else str(error))
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         return _fail(error, str(error))
     if code == 130:  # typer's word for Ctrl-C
         print("\nstopped", file=sys.stderr)

@@ -24,7 +24,7 @@ from latentdiff.pictures import grid
 from latentdiff.pipeline import Pipeline
 from latentdiff.randomness import normal, uniform
 from latentdiff.training.captions import vocabulary_captions
-from latentdiff.training.checkpoint import find_checkpoint, save_checkpoint
+from latentdiff.training.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from latentdiff.training.latents import LatentCache, encode_batch
 from latentdiff.training.log import RunLog
 from latentdiff.training.optim import (
@@ -65,7 +65,8 @@ def train_diffusion(config: DiffusionRun, resume: str = "auto") -> Path:
     step = 0
     if (checkpoint := find_checkpoint(out / "checkpoints", resume)) is not None:
         step = checkpoint.step
-        _copy(checkpoint.group("model"), weights)
+        _check_data(checkpoint, loader)
+        checkpoint.restore("model", weights)
         load_optimizer_tensors(optimizer, weights, checkpoint.group("optimizer"))
         ema.load(checkpoint.group("ema"), checkpoint.state["ema_updates"])
     loader.cursor = step * loop.batch_size
@@ -169,17 +170,11 @@ def _prepare(model: Pipeline, config: DiffusionRun) -> dict[str, nn.Module]:
     return trained
 
 
-@torch.no_grad()
-def _copy(values: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> None:
-    """Take over a checkpoint's weights; ValueError if they are another model's."""
-    saved = {name: tuple(value.shape) for name, value in values.items()}
-    here = {name: tuple(weight.shape) for name, weight in weights.items()}
+def _check_data(checkpoint: Checkpoint, loader: Loader) -> None:
+    saved, here = checkpoint.state.get("fingerprint"), loader.index.fingerprint
     if saved != here:
-        name = min(n for n in saved.keys() | here.keys() if saved.get(n) != here.get(n))
         raise ValueError(
-            f"the checkpoint is of another model: {name} is {saved.get(name, 'missing')} there and "
-            f"{here.get(name, 'missing')} here; use the config that it was made with, another "
-            "`out`, or --resume none"
+            f"the checkpoint of step {checkpoint.step} was trained on other data (fingerprint "
+            f"{str(saved)[:12]}, here {here[:12]}); give it the same data.shards and data.where, "
+            "another `out`, or --resume none"
         )
-    for name, weight in weights.items():
-        weight.copy_(values[name])

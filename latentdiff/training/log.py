@@ -29,7 +29,7 @@ class RunLog:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(dump_config(config))
+        (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         self.out = out
         self.num_steps = num_steps
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)

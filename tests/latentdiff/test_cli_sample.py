@@ -18,10 +18,16 @@ def sample(tiny_model: Path, tmp_path: Path) -> Any:
     """Runs `latentdiff sample` on the tiny model with two steps into tmp_path/out."""
 
     def call(*arguments: str) -> int:
-        return run(
-            ["sample", "--model", str(tiny_model), "--steps", "2", "--out", str(tmp_path / "out")]
-            + list(arguments)
-        )
+        fixed = [
+            "sample",
+            "--model",
+            str(tiny_model),
+            "--steps",
+            "2",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+        return run([*fixed, *arguments])
 
     return call
 

@@ -184,5 +184,5 @@ def test_continues_from_a_model(
             values | {"init_from": "box", "unet": tiny_run.unet.model_dump()}
         )
     wrong = values | {"init_from": str(tiny_model), "objective": {"prediction": "epsilon"}}
-    with pytest.raises(ValueError, match="set objective.prediction=v"):
+    with pytest.raises(ValueError, match=r"set objective\.prediction=v"):
         train_diffusion(DiffusionRun.model_validate(wrong))

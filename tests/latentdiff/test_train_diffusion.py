@@ -158,10 +158,16 @@ def test_another_models_checkpoint_is_refused(make_run, whole: DiffusionRun) -> 
     other = whole.model_copy(update={"unet": type(whole.unet).model_validate(unet)})
     with pytest.raises(
         ValueError,
-        match=r"the checkpoint is of another model: unet\.\S+ is \(.*\) there and .* here; use the "
-        "config that it was made with, another `out`, or --resume none",
+        match=r"the checkpoint of step 4 does not fit this run: \d+ tensors of model differ, such "
+        r"as unet\.\S+; resume with the config that it was saved with, or --resume none",
     ):
         train_diffusion(other)
+
+
+def test_another_data_sets_checkpoint_is_refused(make_run, whole: DiffusionRun) -> None:
+    data = whole.data.model_copy(update={"where": {"style": ("fluent-3d",)}})
+    with pytest.raises(ValueError, match=r"step 4 was trained on other data \(fingerprint \w{12},"):
+        train_diffusion(whole.model_copy(update={"data": data}))
 
 
 def test_two_micro_batches_are_one_batch(make_run, whole: DiffusionRun, tmp_path: Path) -> None:
