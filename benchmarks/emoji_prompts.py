@@ -35,7 +35,7 @@ def captions(data: Path, split: str, where: dict, count: int) -> list[str]:
 
 def main() -> None:
     """Parse the two paths and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Choose the 64 prompts.")
     parser.add_argument("data", type=Path, help="what `latentdiff data emoji` made")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()

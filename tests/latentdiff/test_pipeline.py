@@ -135,7 +135,7 @@ def test_opens_what_diffusers_saved(tiny_model: Path, tmp_path: Path) -> None:
             attention_head_dim=8,
             norm_num_groups=8,
         ),
-        scheduler=PNDMScheduler(
+        scheduler=PNDMScheduler(  # pyright: ignore[reportArgumentType]  # their hint is an enum
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
