@@ -46,10 +46,11 @@ def test_red_apple_is_red_on_white(box: Pipeline) -> None:
 
 
 def test_languages_name_the_same_thing(box: Pipeline) -> None:
-    prompts = ["red heart, fluent 3d", "rotes Herz, fluent 3d", "grinning face, fluent 3d"]
-    start = normal((4, 16, 16), 0, [0], "test").repeat(3, 1, 1, 1)
-    english, german, other = pixels(box.generate(prompts, latents=start))
-    assert np.abs(english - german).mean() < 0.5 * np.abs(english - other).mean()
+    prompts = ["red heart, noto", "corazón rojo, noto", "红心, noto", "banana, noto"]
+    start = normal((4, 16, 16), 11, [0], "test").repeat(len(prompts), 1, 1, 1)
+    english, spanish, chinese, other = pixels(box.generate(prompts, latents=start))
+    for same in (spanish, chinese):
+        assert np.abs(english - same).mean() < 0.5 * np.abs(english - other).mean()
 
 
 def test_unknown_style_lists_the_known(box: Pipeline) -> None:
