@@ -189,7 +189,11 @@ class Pipeline:
         self.source = target
 
     def _save_description(self, directory: Path) -> None:
-        """What diffusers and we need to know beside the weights."""
+        """What diffusers and we need to know beside the weights; not where they came from."""
+        for config in directory.glob("*/config.json"):
+            kept = json.loads(config.read_text())
+            kept.pop("_name_or_path", None)
+            config.write_text(json.dumps(kept, indent=2))
         description = scheduler_config(self.schedule_config, self.prediction)
         (directory / "scheduler").mkdir()
         (directory / "scheduler" / "scheduler_config.json").write_text(

@@ -65,6 +65,9 @@ def test_stochastic_samplers_ignore_the_batch_size(tiny_pipeline: Pipeline, samp
 def test_save_and_load_keep_pictures(tiny_pipeline: Pipeline, tmp_path: Path) -> None:
     again = Pipeline.load(tiny_pipeline.source)
     again.save(tmp_path / "copy")
+    assert str(tiny_pipeline.source) not in "".join(
+        path.read_text() for path in (tmp_path / "copy").rglob("*.json")
+    )
     before = pixels(tiny_pipeline.generate("a cat", steps=2))
     after = pixels(Pipeline.load(tmp_path / "copy").generate("a cat", steps=2))
     assert np.array_equal(before, after)
