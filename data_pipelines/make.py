@@ -148,7 +148,7 @@ def _load(pair: Pair) -> Sample | str:
     """The sample of a pair, or why there is none."""
     if pair.problem:
         return pair.problem
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         data = pair.image.read_bytes()
@@ -158,6 +158,8 @@ def _load(pair: Pair) -> Sample | str:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             encoding, (width, height) = image.format, image.size
+    except UnidentifiedImageError:
+        return f"{pair.image} is not a readable image (of no known format); replace or remove it"
     except (*_DAMAGED, Image.DecompressionBombError) as error:
         return f"{pair.image} is not a readable image ({error}); replace or remove it"
     if encoding not in FORMATS:

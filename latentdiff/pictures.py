@@ -37,6 +37,8 @@ def save_png(image: Image.Image, path: Path, story: Mapping[str, object] | None 
     try:
         image.save(temporary, format="PNG", pnginfo=info)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # Pillow's own does not name the file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise

@@ -115,7 +115,7 @@ def test_no_space_leaves_nothing_half_written(
 
     monkeypatch.setattr(Image.Image, "save", full)
     assert sample("--prompt", "a cat") == 2
-    assert "No space left on device" in capsys.readouterr().err
+    assert "a-cat-seed0.png: No space left on device" in capsys.readouterr().err
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
