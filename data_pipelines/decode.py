@@ -6,7 +6,7 @@ import contextlib
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 _PIL_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64_000_000
@@ -26,8 +26,9 @@ def decode_image(data: bytes, name: str) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
             return on_white(image)
     except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
-            f"{name}: not a readable picture ({error}); expected PNG, JPEG or WebP"
+            f"{name}: not a readable picture ({reason}); expected PNG, JPEG or WebP"
         ) from error
     raise ValueError(
         f"{name}: {image.width}x{image.height} px; expected at most {MAX_PIXELS} pixels"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import unicodedata
@@ -13,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipelines.decode import decode_image
 from data_pipelines.shards import IMAGE_EXTENSIONS, read_shard
 
 if TYPE_CHECKING:
@@ -158,7 +158,6 @@ def _all(shards: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _picture(sample: dict[str, Any], cell_px: int) -> Image.Image:
-    from PIL import Image
 
     place = f"{sample['__key__']} in {sample['__shard__']}"
     data = next((sample[ext] for ext in IMAGE_EXTENSIONS if ext in sample), None)
@@ -167,17 +166,9 @@ def _picture(sample: dict[str, Any], cell_px: int) -> Image.Image:
         raise ValueError(
             f"{place} has no image; it holds {known}; expected one of {', '.join(IMAGE_EXTENSIONS)}"
         )
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            picture = opened.convert("RGBA")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"the image of {place} is not readable ({error}); make it again"
-        ) from error
+    picture = decode_image(data, place)
     picture.thumbnail((cell_px, cell_px))
-    flat = Image.new("RGB", picture.size, "white")
-    flat.paste(picture, mask=picture.getchannel("A"))
-    return flat
+    return picture
 
 
 def _caption(sample: dict[str, Any]) -> str:
