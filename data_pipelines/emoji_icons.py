@@ -186,7 +186,7 @@ def draw_icon(icon: Icon, size: int) -> tuple[bytes, int, int, str] | None:
     square = Image.new("RGBA", (side, side), "white")
     square.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     flat = square.convert("RGB")
-    if min(low for low, _ in flat.getextrema()) > 250:  # type: ignore[misc]
+    if min(low for low, _ in flat.getextrema()) > 250:  # type: ignore[misc]  # RGB gives pairs
         return None
     digest = hashlib.sha256(flat.tobytes()).hexdigest()
     data = io.BytesIO()
