@@ -3,30 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
+import torch
+
+from latentdiff import configschedule
 from latentdiff.config import (
     CLIPTextConfig,
     NoTextConfig,
     OpenCLIPTextConfig,
-    ScheduleConfig,
     SmallTextConfig,
     TextConfig,
 )
-from latentdiff.schedule import NoiseSchedule
+from latentdiff.configobjective import (
+    EDMWeighting,
+    MinSNRWeighting,
+    P2Weighting,
+    SoftMinSNRWeighting,
+    UniformWeighting,
+    WeightingConfig,
+)
+from latentdiff.configschedule import ScheduleConfig
+from latentdiff.loss import Weighting, edm, min_snr, p2, soft_min_snr
+from latentdiff.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, Schedule
 from latentdiff.text import TextEncoder, new_tower, train_tokenizer
 
 
-def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
+def build_schedule(config: ScheduleConfig) -> Schedule:
     """The forward process that a config describes."""
-    match config.kind:
-        case "linear":
-            return NoiseSchedule.linear(config.num_timesteps, config.beta_start, config.beta_end)
-        case "scaled_linear":
-            return NoiseSchedule.scaled_linear(
-                config.num_timesteps, config.beta_start, config.beta_end
-            )
-        case "cosine":
-            return NoiseSchedule.cosine(config.num_timesteps)
+    match config:
+        case configschedule.FlowSchedule():
+            return FlowSchedule(**config.model_dump(exclude={"kind"}))
+        case configschedule.EDMSchedule():
+            return EDMSchedule(**config.model_dump(exclude={"kind"}))
+        case configschedule.BetasSchedule():
+            return NoiseSchedule.from_betas(torch.tensor(config.betas, dtype=torch.float64))
+    shape = config.model_dump(exclude={"kind", "zero_terminal_snr"})
+    match config:
+        case configschedule.LinearSchedule():
+            schedule = NoiseSchedule.linear(**shape)
+        case configschedule.ScaledLinearSchedule():
+            schedule = NoiseSchedule.scaled_linear(**shape)
+        case configschedule.BetaSigmoidSchedule():
+            schedule = NoiseSchedule.beta_sigmoid(**shape)
+        case configschedule.CosineSchedule():
+            schedule = NoiseSchedule.cosine(**shape)
+        case configschedule.SigmoidSchedule():
+            schedule = NoiseSchedule.sigmoid(**shape)
+    return schedule.zero_terminal_snr() if config.zero_terminal_snr else schedule
+
+
+def build_weighting(config: WeightingConfig, sigma_data: float) -> Weighting | None:
+    """SNR -> weight of the clean sample's squared error; None where the network's own counts."""
+    match config:
+        case UniformWeighting():
+            return None
+        case MinSNRWeighting():
+            return partial(min_snr, gamma=config.gamma)
+        case SoftMinSNRWeighting():
+            return partial(soft_min_snr, gamma=config.gamma)
+        case P2Weighting():
+            return partial(p2, gamma=config.gamma, k=config.k)
+        case EDMWeighting():
+            return partial(edm, sigma_data=sigma_data)
 
 
 def build_text(config: TextConfig, captions: Iterable[str] = ()) -> TextEncoder | None:

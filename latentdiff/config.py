@@ -11,12 +11,17 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     TypeAdapter,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
 from data_pipelines.config import DataConfig
 from latentdiff.configfile import load_config
+from latentdiff.configobjective import DiffusionObjectiveConfig
+from latentdiff.configschedule import ScaledLinearSchedule, ScheduleConfig
+from latentdiff.grids import SPACED_IN_T, SPACINGS
+from latentdiff.samplers import find_sampler
 from vae.config import AutoencoderConfig, IdentityConfig, KLConfig, ObjectiveConfig
 
 if TYPE_CHECKING:
@@ -170,29 +175,40 @@ TextConfig = Annotated[
 
 
 class UNetConfig(_Frozen):
-    """Shape of diffusers' UNet2DConditionModel; one entry a level, from the finest.
+    """Shape of diffusers' U-Nets; one entry a level, from the finest.
+
+    With a text tower it is UNet2DConditionModel, whose cross-attention levels attend to themselves
+    too; without one it is UNet2DModel, whose middle block always attends to itself.
 
     Attributes:
         channels: width of each level.
-        cross_attention: whether each level attends to the text.
+        cross_attention: whether each level attends to the text; empty for nowhere.
+        self_attention: whether each level of a model without text attends to itself; empty for
+            nowhere but the middle block.
         layers_per_block: residual blocks a level on the way down.
         head_dim: width of an attention head.
         norm_num_groups: groups of GroupNorm.
+        dropout: share of each residual block's activations dropped in training (DDPM, appendix B:
+            0.1 on CIFAR-10).
     """
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     cross_attention: tuple[bool, ...] = (True, True, True, False)
+    self_attention: tuple[bool, ...] = ()
     layers_per_block: int = Field(default=2, ge=1)
     head_dim: int = Field(default=64, ge=8)
     norm_num_groups: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> UNetConfig:
-        if len(self.channels) != len(self.cross_attention):
-            raise ValueError(
-                f"cross_attention needs one entry a level; got {len(self.cross_attention)} for "
-                f"{len(self.channels)} channels"
-            )
+        for name in ("cross_attention", "self_attention"):
+            levels = len(getattr(self, name))
+            if levels not in (0, len(self.channels)):
+                raise ValueError(
+                    f"{name} needs one entry a level; got {levels} for "
+                    f"{len(self.channels)} channels"
+                )
         for width in self.channels:
             if width % self.head_dim or width % self.norm_num_groups:
                 raise ValueError(
@@ -202,34 +218,15 @@ class UNetConfig(_Frozen):
         return self
 
 
-class ScheduleConfig(_Frozen):
-    """The forward process's betas over `num_timesteps`."""
-
-    kind: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
-    num_timesteps: int = Field(default=1000, ge=2)
-    beta_start: float = Field(default=0.00085, gt=0, lt=1)
-    beta_end: float = Field(default=0.012, gt=0, lt=1)
-
-
-class DiffusionObjectiveConfig(_Frozen):
-    """What the network predicts and how timesteps weigh.
-
-    Attributes:
-        prediction: epsilon (DDPM) or v (Salimans & Ho 2022).
-        min_snr_gamma: clamp of the loss weight (Hang et al. 2023); null for none.
-        caption_dropout: share of captions replaced by "" for classifier-free guidance.
-    """
-
-    prediction: Literal["epsilon", "v"] = "epsilon"
-    min_snr_gamma: float | None = Field(default=None, gt=0)
-    caption_dropout: float = Field(default=0.1, ge=0, le=1)
-
-
 class SampleGridConfig(_Frozen):
     """The grid drawn from the EMA weights during the run; also the exported model's defaults.
 
     Attributes:
-        prompts: one picture each.
+        prompts: what is drawn; an unconditional model has the one prompt "".
+        num_images: pictures of each prompt.
+        sampler: name in `latentdiff.samplers.SAMPLERS`.
+        spacing: of its steps, in `latentdiff.grids.SPACINGS`; EDM's process needs karras or
+            exponential.
         num_steps: of the sampler.
         guidance_scale: of classifier-free guidance; 1 is off.
         seed: of the grid.
@@ -237,10 +234,26 @@ class SampleGridConfig(_Frozen):
     """
 
     prompts: tuple[str, ...] = Field(default=("",), min_length=1)
+    num_images: int = Field(default=1, ge=1)
+    sampler: str = "dpmpp_2m"
+    spacing: str = "trailing"
     num_steps: int = Field(default=20, ge=1)
     guidance_scale: float = Field(default=5.0, ge=0)
     seed: int = 0
     styles: tuple[str, ...] = ()
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, name: str) -> str:
+        find_sampler(name)
+        return name
+
+    @field_validator("spacing")
+    @classmethod
+    def _known_spacing(cls, name: str) -> str:
+        if name not in SPACINGS:
+            raise ValueError(f"unknown spacing {name!r}; known: {', '.join(SPACINGS)}")
+        return name
 
 
 _FROM_MODEL = frozenset({"autoencoder", "text", "unet", "schedule"})  # what `init_from` decides
@@ -265,7 +278,7 @@ class DiffusionRun(_Run):
     autoencoder: AutoencoderConfig = IdentityConfig()
     text: TextConfig = NoTextConfig()
     unet: UNetConfig = UNetConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig = ScaledLinearSchedule()
     objective: DiffusionObjectiveConfig = DiffusionObjectiveConfig()
     ema: EmaConfig = EmaConfig()
     samples: SampleGridConfig = SampleGridConfig()
@@ -281,7 +294,7 @@ class DiffusionRun(_Run):
                 f"{self.data.crop}, crop_px {self.data.crop_px}, flip {self.data.flip}; "
                 "use crop: center, crop_px: null, flip: false, or cache_latents: false"
             )
-        if self.samples.num_steps > self.schedule.num_timesteps:
+        if self.schedule.kind != "edm" and self.samples.num_steps > self.schedule.num_timesteps:
             raise ValueError(
                 "samples.num_steps must be at most schedule.num_timesteps "
                 f"({self.schedule.num_timesteps}); got {self.samples.num_steps}"
@@ -294,6 +307,12 @@ class DiffusionRun(_Run):
                     f"leave out {', '.join(sorted(given))}, or set init_from: null"
                 )
             return self
+        self.objective.check_schedule(self.schedule.kind, self.schedule.ends_in_noise)
+        if self.schedule.kind == "edm" and self.samples.spacing in SPACED_IN_T:
+            raise ValueError(
+                f"samples.spacing {self.samples.spacing} needs numbered timesteps, which "
+                "schedule.kind edm lacks; set samples.spacing: karras or exponential"
+            )
         if self.autoencoder.kind != "identity" and self.autoencoder.pretrained is None:
             raise ValueError(
                 "autoencoder.pretrained is null; a diffusion model needs a trained autoencoder: "
@@ -305,6 +324,11 @@ class DiffusionRun(_Run):
             raise ValueError(
                 "unet.cross_attention is on but text.kind is none; set every entry of "
                 "unet.cross_attention to false, or choose a text tower"
+            )
+        if self.text.kind != "none" and any(self.unet.self_attention):
+            raise ValueError(
+                f"unet.self_attention is on but text.kind is {self.text.kind}, where the levels of "
+                "unet.cross_attention attend to themselves too; leave unet.self_attention out"
             )
         if self.text.kind != "none" and not any(self.unet.cross_attention):
             raise ValueError(

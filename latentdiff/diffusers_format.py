@@ -1,17 +1,62 @@
-"""How is a model described in diffusers' layout? Index, scheduler config, hash of the weights."""
+"""How is a model described in diffusers' layout? Its index, and the hash of its weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latentdiff.config import ScheduleConfig
+# pipeline of diffusers -> what its directory holds
+_LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
+    "StableDiffusionPipeline": {
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "tokenizer": ("transformers", "CLIPTokenizer"),
+    },
+    "DDPMPipeline": {"unet": ("diffusers", "UNet2DModel")},
+}
+_UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline")  # of one layout
+_DYNAMIC = {"thresholding": True, "sample_max_value": 1.0}  # of which nothing but a clip is left
+# Schedulers that DDPMPipeline draws with, and how they clip clean predictions to [-1, 1]. It scales
+# neither the start nor the network's input, which the others ask for, and hands `generator` to each
+# step, which UniPC does not take. DDIM's direction is that of before the clip.
+_CLIPPED: dict[str, dict[str, Any]] = {
+    "DDPMScheduler": {"clip_sample": True},
+    "DPMSolverMultistepScheduler": _DYNAMIC,
+    "DPMSolverSinglestepScheduler": _DYNAMIC,
+    "LCMScheduler": {"clip_sample": True},
+}
 
-_COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
-_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+
+def pipeline_class(has_text: bool, has_autoencoder: bool) -> str | None:
+    """The pipeline of diffusers whose layout holds such a model; None where there is none."""
+    match has_text, has_autoencoder:
+        case True, True:
+            return "StableDiffusionPipeline"
+        case False, False:
+            return "DDPMPipeline"
+        case _:
+            return None
+
+
+def clipped(scheduler: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A scheduler's config for DDPMPipeline, clipping as we do; None where it cannot."""
+    options = _CLIPPED.get(scheduler["_class_name"])
+    return None if options is None else {**scheduler, **options}
+
+
+def is_unconditional(directory: Path) -> bool:
+    """Whether a model directory holds an unconditional model of pixels (DDPM)."""
+    index = directory / "model_index.json"
+    if not index.is_file():
+        return False
+    try:
+        return json.loads(index.read_text(encoding="utf-8")).get("_class_name") in _UNCONDITIONAL
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{index} is not diffusers' model index: {error}") from error
 
 
 def check_model_directory(model: str | Path) -> Path:
@@ -36,12 +81,13 @@ def check_model_directory(model: str | Path) -> Path:
             f"model directory {model} not found; give a directory in diffusers' layout, a hub id "
             "such as stabilityai/stable-diffusion-2-1, or no model for the one in the box"
         )
-    missing = [c for c in _COMPONENTS if not (path / c).is_dir()]
+    layout = _LAYOUTS["DDPMPipeline" if is_unconditional(path) else "StableDiffusionPipeline"]
+    missing = [c for c in (*layout, "scheduler") if not (path / c).is_dir()]
     if missing or not (path / "model_index.json").is_file():
         raise ValueError(
             f"{model} is not a model directory: it lacks "
             f"{', '.join(missing) or 'model_index.json'}; expected diffusers' layout "
-            "(model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/)"
+            f"(model_index.json, {'/, '.join(layout)}/, scheduler/)"
         )
     return path
 
@@ -50,67 +96,28 @@ def _looks_like_hub_id(model: str) -> bool:
     return model.count("/") == 1 and not model.startswith((".", "/", "~")) and " " not in model
 
 
-def scheduler_config(schedule: ScheduleConfig, prediction: str) -> dict[str, Any]:
-    """Diffusers' DDIMScheduler with our step grid (trailing) and no clipping."""
-    return {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": schedule.num_timesteps,
-        "beta_schedule": _SCHEDULES[schedule.kind],
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
-        "prediction_type": _PREDICTIONS[prediction],
-        "timestep_spacing": "trailing",
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-        "steps_offset": 1,
-    }
+def write_model_index(directory: Path, pipeline: str, scheduler: str) -> None:
+    """model_index.json, with which `diffusers.DiffusionPipeline.from_pretrained` opens the model.
 
-
-def read_schedule(directory: Path) -> tuple[ScheduleConfig, str]:
-    """(forward process, prediction) of a saved scheduler.
-
-    Raises:
-        ValueError: a schedule or prediction that is not known here.
+    Args:
+        directory: of the model.
+        pipeline: diffusers' class: StableDiffusionPipeline | DDPMPipeline.
+        scheduler: diffusers' class of the scheduler.
     """
-    path = directory / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} not found; expected diffusers' scheduler config")
-    saved = json.loads(path.read_text())
-    kinds = {theirs: ours for ours, theirs in _SCHEDULES.items()}
-    predictions = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
-    kind, prediction = saved.get("beta_schedule", "linear"), saved.get("prediction_type", "epsilon")
-    special = saved.get("rescale_betas_zero_snr") or saved.get("trained_betas")
-    if kind not in kinds or prediction not in predictions or special:
-        raise ValueError(
-            f"{path}: beta_schedule {kind}, prediction_type {prediction}; known: "
-            f"{', '.join(kinds)} and {', '.join(predictions)}, without rescale_betas_zero_snr "
-            "and trained_betas"
-        )
-    schedule = ScheduleConfig(
-        kind=kinds[kind],  # pyright: ignore[reportArgumentType]  # checked above
-        num_timesteps=saved.get("num_train_timesteps", 1000),
-        beta_start=saved.get("beta_start", 1e-4),
-        beta_end=saved.get("beta_end", 0.02),
-    )
-    return schedule, predictions[prediction]
-
-
-def write_model_index(directory: Path) -> None:
-    """model_index.json that `StableDiffusionPipeline.from_pretrained` opens."""
     import diffusers
 
-    index = {
-        "_class_name": "StableDiffusionPipeline",
+    index: dict[str, object] = {
+        "_class_name": pipeline,
         "_diffusers_version": diffusers.__version__,
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
+        **_LAYOUTS[pipeline],
+        "scheduler": ("diffusers", scheduler),
     }
+    if pipeline == "StableDiffusionPipeline":
+        index |= {
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+        }
     (directory / "model_index.json").write_text(json.dumps(index, indent=2))
 
 

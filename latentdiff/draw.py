@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 
 from latentdiff import __version__
 from latentdiff.devices import resolve_device
+from latentdiff.diffusers_format import check_model_directory, is_unconditional
 from latentdiff.pictures import grid as make_grid
 from latentdiff.pictures import save_png
-from latentdiff.pipeline import Pipeline
+from latentdiff.pipeline import PRETRAINED, Pipeline
 from latentdiff.samplers import find_sampler
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,14 +70,17 @@ def draw(
         ValueError: a mistake in the request, found before anything is written.
         OSError: the output cannot be written.
     """
-    if not request.prompts:
-        raise ValueError('nothing to draw; give --prompt "a red apple" or --prompts-file F')
     if dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(_DTYPES)}")
     if request.sampler is not None:
         find_sampler(request.sampler)
     chosen = resolve_device(device)
-    pipeline = Pipeline.load(model).to(chosen, _DTYPES[dtype])
+    source = check_model_directory(PRETRAINED if model is None else model)
+    if is_unconditional(source):
+        request = _without_text(request)
+    elif not request.prompts:
+        raise ValueError('nothing to draw; give --prompt "a red apple" or --prompts-file F')
+    pipeline = Pipeline.load(source).to(chosen, _DTYPES[dtype])
     prompts = with_style(request.prompts, request.style, pipeline.defaults.styles)
     settings: dict[str, Any] = {
         "negative_prompt": request.negative_prompt,
@@ -111,6 +115,27 @@ def draw(
         save_png(make_grid(images), sheet, story)
     size = {"width": images[0].width, "height": images[0].height}
     return {"images": drawn, "grid": str(sheet) if sheet else None, **size, **story}
+
+
+def _without_text(request: DrawRequest) -> DrawRequest:
+    """The request as an unconditional model takes it: one empty prompt, and no guidance.
+
+    Raises:
+        ValueError: it asks for what only a text could give.
+    """
+    asked = {
+        "--prompt": bool(request.prompts),
+        "--style": request.style is not None,
+        "--negative-prompt": request.negative_prompt != "",
+        "--guidance": request.guidance not in (None, 1.0),
+    }
+    for option, is_given in asked.items():
+        if is_given:
+            raise ValueError(
+                f"{option} is given, but this model draws without text; leave it out, and choose "
+                "how many pictures with --num-images"
+            )
+    return replace(request, prompts=[""], guidance=1.0)
 
 
 def with_style(prompts: Sequence[str], style: str | None, known: Sequence[str]) -> list[str]:

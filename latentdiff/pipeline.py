@@ -16,24 +16,30 @@ from torch import Tensor
 
 from data_pipelines.transforms import to_image
 from latentdiff.build import build_schedule, build_text
-from latentdiff.config import DiffusionRun, ScheduleConfig
-from latentdiff.denoiser import NetworkDenoiser
+from latentdiff.config import DiffusionRun
+from latentdiff.configschedule import ScheduleConfig
+from latentdiff.denoiser import Denoiser, NetworkDenoiser
 from latentdiff.devices import cast
 from latentdiff.diffusers_format import (
     check_model_directory,
-    read_schedule,
-    scheduler_config,
+    clipped,
+    is_unconditional,
+    pipeline_class,
     weights_hash,
     write_model_index,
 )
 from latentdiff.files import staged
-from latentdiff.guidance import ClassifierFree
+from latentdiff.grids import step_grid
+from latentdiff.guidance import ClassifierFree, Pair
 from latentdiff.randomness import normal
 from latentdiff.samplers import STOCHASTIC, find_sampler
-from latentdiff.schedule import NoiseSchedule, step_grid
+from latentdiff.schedule import Schedule
+from latentdiff.scheduler_format import read_schedule, scheduler_config
 from latentdiff.text import Conditioning, TextEncoder
+from latentdiff.thresholds import Static
 from latentdiff.unet import as_network, new_unet
 from vae.autoencoder import Autoencoder
+from vae.config import IdentityConfig
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the model in the box
 _DEFAULT_BATCH = 8  # pictures at a time
@@ -48,12 +54,14 @@ class SamplingDefaults:
         num_steps: of the sampler.
         guidance_scale: of classifier-free guidance.
         sampler: name in SAMPLERS.
+        spacing: of the step grid, a name in SPACINGS.
         styles: names of styles that the model was trained on, for `--style`.
     """
 
     num_steps: int = 20
     guidance_scale: float = 5.0
     sampler: str = "dpmpp_2m"
+    spacing: str = "trailing"
     styles: tuple[str, ...] = ()
 
 
@@ -64,7 +72,7 @@ class Pipeline:
     unet: Any
     autoencoder: Autoencoder
     text: TextEncoder | None
-    schedule: NoiseSchedule
+    schedule: Schedule
     schedule_config: ScheduleConfig
     prediction: str
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
@@ -92,11 +100,13 @@ class Pipeline:
                 f"the autoencoder's {downscale}"
             )
         text = build_text(config.text, captions)
+        channels = autoencoder.latent_channels
         unet = new_unet(
             config.unet,
-            autoencoder.latent_channels,
+            channels,
             size_px // downscale,
             None if text is None else text.width,
+            2 * channels if config.objective.learned_variance else channels,
         )
         grid = config.samples
         return cls(
@@ -106,7 +116,13 @@ class Pipeline:
             schedule=build_schedule(config.schedule),
             schedule_config=config.schedule,
             prediction=config.objective.prediction,
-            defaults=SamplingDefaults(grid.num_steps, grid.guidance_scale, styles=grid.styles),
+            defaults=SamplingDefaults(
+                num_steps=grid.num_steps,
+                guidance_scale=grid.guidance_scale,
+                sampler=grid.sampler,
+                spacing=grid.spacing,
+                styles=grid.styles,
+            ),
         )
 
     @classmethod
@@ -134,19 +150,29 @@ class Pipeline:
         Raises:
             ValueError: there is no such directory, or it holds no such model.
         """
-        from diffusers import UNet2DConditionModel
+        from diffusers import UNet2DConditionModel, UNet2DModel
 
         source = check_model_directory(PRETRAINED if model is None else model)
+        with_text = not is_unconditional(source)
         schedule_config, prediction = read_schedule(source)
         extras = source / _EXTRAS
         defaults = json.loads(extras.read_text()) if extras.is_file() else {}
         if "styles" in defaults:
             defaults["styles"] = tuple(defaults["styles"])
-        unet: Any = UNet2DConditionModel.from_pretrained(str(source / "unet"))
+        unet_class = UNet2DConditionModel if with_text else UNet2DModel
+        unet: Any = unet_class.from_pretrained(str(source / "unet"))
+        autoencoder = (
+            Autoencoder.load(source / "vae") if with_text else Autoencoder.build(IdentityConfig())
+        )
+        if not with_text and unet.config.in_channels != autoencoder.latent_channels:
+            raise ValueError(
+                f"{source / 'unet'} works on {unet.config.in_channels} channels; expected RGB "
+                "pictures (3) of an unconditional model"
+            )
         return cls(
             unet=unet.float().eval(),
-            autoencoder=Autoencoder.load(source / "vae").float().eval(),
-            text=TextEncoder.load(source).float().eval(),
+            autoencoder=autoencoder.float().eval(),
+            text=TextEncoder.load(source).float().eval() if with_text else None,
             schedule=build_schedule(schedule_config),
             schedule_config=schedule_config,
             prediction=prediction,
@@ -157,30 +183,33 @@ class Pipeline:
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write diffusers' layout with safetensors of `dtype`; `source` points there afterwards.
 
+        A latent model with text becomes a StableDiffusionPipeline, an unconditional model of pixels
+        a DDPMPipeline.
+
         Raises:
-            ValueError: the model is unconditional or works on pixels, for which diffusers'
-                StableDiffusionPipeline has no place.
+            ValueError: the model is of neither sort.
         """
-        if self.text is None or self.autoencoder.is_identity:
+        layout = self.diffusers_class
+        if layout is None:
             raise ValueError(
-                "diffusers' Stable Diffusion layout needs a text tower and an autoencoder; this "
-                "model lacks one; keep its training checkpoint instead"
+                "diffusers' layouts hold a text tower with an autoencoder (Stable Diffusion) or "
+                "neither (DDPM); this model has one of the two; keep its training checkpoint "
+                "instead"
             )
         target = Path(directory)
-        modules: dict[str, Any] = {
-            "unet": self.unet,
-            "vae": self.autoencoder.model,
-            "text_encoder": self.text.model,
-        }
+        modules: dict[str, Any] = {"unet": self.unet}
+        if self.text is not None:
+            modules |= {"vae": self.autoencoder.model, "text_encoder": self.text.model}
         kept = {name: module.dtype for name, module in modules.items()}
         try:
             for module in modules.values():
                 cast(module, module.device, dtype)
             with staged(target) as partial:
                 self.unet.save_pretrained(partial / "unet", safe_serialization=True)
-                self.autoencoder.save(partial / "vae")
-                self.text.save(partial)
-                self._save_description(partial)
+                if self.text is not None:
+                    self.autoencoder.save(partial / "vae")
+                    self.text.save(partial)
+                self._save_description(partial, layout)
         except SafetensorError as error:  # which is how a full disk is told
             raise OSError(f"{target} cannot be written: {error}") from error
         finally:
@@ -188,18 +217,22 @@ class Pipeline:
                 cast(module, module.device, kept[name])
         self.source = target
 
-    def _save_description(self, directory: Path) -> None:
+    def _save_description(self, directory: Path, layout: str) -> None:
         """What diffusers and we need to know beside the weights; not where they came from."""
         for config in directory.glob("*/config.json"):
             kept = json.loads(config.read_text())
             kept.pop("_name_or_path", None)
             config.write_text(json.dumps(kept, indent=2))
-        description = scheduler_config(self.schedule_config, self.prediction)
+        process, spacing = (self.schedule_config, self.prediction), self.defaults.spacing
+        description = scheduler_config(*process, self.defaults.sampler, spacing)
+        if layout == "DDPMPipeline":
+            ancestral = scheduler_config(*process, "ddpm", spacing)
+            description = clipped(description) or clipped(ancestral) or description
         (directory / "scheduler").mkdir()
         (directory / "scheduler" / "scheduler_config.json").write_text(
             json.dumps(description, indent=2)
         )
-        write_model_index(directory)
+        write_model_index(directory, layout, description["_class_name"])
         (directory / _EXTRAS).write_text(json.dumps(asdict(self.defaults), indent=2))
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Pipeline:
@@ -214,6 +247,11 @@ class Pipeline:
     def device(self) -> torch.device:
         """Where the U-Net is."""
         return self.unet.device
+
+    @property
+    def diffusers_class(self) -> str | None:
+        """The pipeline of diffusers that opens the saved model; None where there is none."""
+        return pipeline_class(self.text is not None, not self.autoencoder.is_identity)
 
     @property
     def default_size_px(self) -> int:
@@ -239,6 +277,7 @@ class Pipeline:
         steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: str | None = None,
+        spacing: str | None = None,
         seed: int = 0,
         height: int | None = None,
         width: int | None = None,
@@ -257,6 +296,7 @@ class Pipeline:
             steps: of the sampler; default: the model's own.
             guidance_scale: 1 switches guidance off; default: the model's own.
             sampler: name in `latentdiff.samplers.SAMPLERS`; default: the model's own.
+            spacing: of the steps, in `latentdiff.grids.SPACINGS`; default: the model's own.
             seed: of the call.
             height: in pixels; default: the training size.
             width: in pixels; default: the training size.
@@ -282,7 +322,7 @@ class Pipeline:
                 f"latents must have shape {(len(prompts), *shape)}; got {tuple(latents.shape)}"
             )
         num_steps = self.defaults.num_steps if steps is None else steps
-        sigmas = step_grid(self.schedule, num_steps)
+        sigmas = step_grid(self.schedule, num_steps, spacing or self.defaults.spacing)
         images: list[Image.Image] = []
         for first in range(0, len(prompts), size):
             chunk = prompts[first : first + size]
@@ -292,11 +332,11 @@ class Pipeline:
                 if latents is None
                 else latents[first : first + len(chunk)]
             )
-            # x = clean + sigma * noise with sigma the largest of the grid; the clean part is
-            # unknown, and beside such noise small: noisy = sqrt(1 + sigma^2) * N(0, 1) at unit
-            # variance, which is how Stable Diffusion starts.
-            x = start.to(self.device, torch.float32) * (1 + sigmas[0] ** 2).sqrt().float()
+            # the clean part of x = clean + sigma * noise is unknown, and beside such noise small
+            x = start.to(self.device, torch.float32) * self.schedule.start_scale(sigmas[0])
             cond, denoise = self._denoiser(chunk, negative_prompt, scale)
+            if self.autoencoder.is_identity:
+                denoise = Static(denoise)
 
             def noise(x: Tensor, step: int, indices: range = indices) -> Tensor:
                 return normal(shape, seed, indices, f"step-{step}").to(x)
@@ -317,7 +357,7 @@ class Pipeline:
 
     def _denoiser(
         self, prompts: list[str], negative_prompt: str, scale: float
-    ) -> tuple[Conditioning | None, Any]:
+    ) -> tuple[Conditioning | Pair | None, Denoiser]:
         """(conditioning, denoiser) of one batch; guidance doubles the batch inside."""
         plain = NetworkDenoiser(as_network(self.unet), self.schedule, self.prediction)
         if self.text is None:
@@ -327,7 +367,7 @@ class Pipeline:
         both = self.text.encode([negative_prompt, *prompts])
         uncond = Conditioning(both.tokens[:1]).repeat(len(prompts))
         text = Conditioning(both.tokens[1:])
-        return Conditioning.cat([uncond, text]), ClassifierFree(plain, scale)
+        return Pair(text, Conditioning.cat([uncond, text])), ClassifierFree(plain, scale)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         multiple, downscale = self.size_multiple_px, self.autoencoder.downscale

@@ -17,6 +17,14 @@ def normal(shape: Sequence[int], seed: int, positions: Sequence[int], purpose: s
     return torch.from_numpy(np.stack(rows))
 
 
+def seed_dropout(seed: int, position: int) -> None:
+    """Make the next forward pass drop what belongs to (seed, position): resume stays exact.
+
+    nn.Dropout draws from torch's global generators, which nothing else here reads while training.
+    """
+    torch.manual_seed(int(stream(seed, position, "dropout").integers(2**63)))
+
+
 def uniform(seed: int, positions: Sequence[int], purpose: str) -> np.ndarray:
     """Uniform [0, 1) float64 [len(positions)]; entry i depends on positions[i] alone."""
     return np.array([stream(seed, p, purpose).random() for p in positions])

@@ -1,39 +1,67 @@
-"""How does noise become a picture? Samplers: loops over (denoise, x, sigmas).
+"""How does noise become a picture? Samplers: loops over (denoise, x, sigmas), and their table.
 
-All have one signature. `denoise(x, sigma)` is the expected clean sample of
-x = clean + sigma * noise; `sigmas` decrease, the last may be 0; `noise(x, step)` is standard normal
-like x, for the stochastic ones; `callback(step, x, denoised)` sees every step. With
-d = (x - denoised) / sigma the probability-flow ODE is dx/dsigma = d (Karras et al. 2022, eq. 1).
-
-Sigmas stay where they are, best on the CPU: a scalar there times x on a GPU waits for nothing.
+All have one signature (`solver.Sampler`). Here are the ones that forget: a step knows x alone.
+The ones that remember earlier evaluations are in `multistep`; the table has them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol
 
 from torch import Tensor
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
-Noise = Callable[[Tensor, int], Tensor]
-Callback = Callable[[int, Tensor, Tensor], None]
+from latentdiff.multistep import (
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_3m,
+    dpmpp_3m_sde,
+    ipndm,
+    lms,
+    unipc,
+)
+from latentdiff.solver import (
+    Callback,
+    Denoise,
+    Noise,
+    Sampler,
+    check_sigmas,
+    required,
+    slope,
+    split_noise,
+    steps,
+    toward,
+)
+
+__all__ = [
+    "EVALUATIONS",
+    "SAMPLERS",
+    "STOCHASTIC",
+    "VARIANCES",
+    "Callback",
+    "Denoise",
+    "Noise",
+    "Sampler",
+    "check_sigmas",
+    "ddim",
+    "ddpm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s",
+    "dpmpp_3m",
+    "dpmpp_3m_sde",
+    "euler",
+    "euler_ancestral",
+    "find_sampler",
+    "heun",
+    "ipndm",
+    "lcm",
+    "lms",
+    "unipc",
+]
 
 
-class Sampler(Protocol):
-    """The one signature of all samplers."""
-
-    def __call__(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        sigmas: Tensor,
-        noise: Noise | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """X at sigmas[0] -> x at sigmas[-1]."""
-        ...
+VARIANCES = ("small", "large", "learned")
 
 
 def ddpm(
@@ -42,19 +70,45 @@ def ddpm(
     sigmas: Tensor,
     noise: Noise | None = None,
     callback: Callback | None = None,
+    *,
+    variance: str = "small",
 ) -> Tensor:
-    """Ancestral sampling with the posterior's variance (Ho et al. 2020, algorithm 2).
+    """Ancestral sampling (Ho et al. 2020, algorithm 2).
 
-    In sigma units the posterior q(x_next | x, clean) has
-        mean = clean + (next / sigma)^2 (x - clean),  variance = next^2 (1 - (next / sigma)^2)
+    In sigma units, with r = (next / sigma)^2, the posterior q(x_next | x, clean) has
+        mean = clean + r (x - clean),   variance = next^2 (1 - r)
+
+    Args:
+        denoise: (x, sigma) -> clean; with learned variance clean and the variance's fraction
+            (`NetworkDenoiser.with_variance`), stacked on the channel axis.
+        x: [b, c, ...] at sigmas[0].
+        sigmas: [n + 1], decreasing.
+        noise: needed.
+        callback: sees every step.
+        variance: `small` is the posterior's, beta tilde, right for data of one point; `large` is
+            beta, right for data of unit variance (DDPM, section 3.2); `learned` lies between them
+            in the logarithm (Nichol & Dhariwal 2021, eq. 15).
+
+    Raises:
+        ValueError: as `check_sigmas` and `required`, or an unknown variance.
     """
-    fresh = _required(noise, "ddpm")
-    for step, sigma, following in _steps(sigmas):
+    fresh = required(noise, "ddpm")
+    if variance not in VARIANCES:
+        raise ValueError(f"unknown variance {variance!r}; known: {', '.join(VARIANCES)}")
+    for step, sigma, following in steps(sigmas):
         denoised = denoise(x, sigma)
         ratio = (following / sigma).square()
-        x = denoised + ratio.to(x.dtype) * (x - denoised)
-        if step < len(sigmas) - 2 or sigmas[-1] > 0:
-            x = x + (following * (1 - ratio).sqrt()).to(x.dtype) * fresh(x, step)
+        small = following.square() * (1 - ratio)
+        large = (sigma.square() - following.square()) * (1 + following.square())
+        large = large / (1 + sigma.square())
+        if variance == "learned":
+            denoised, fraction = denoised.chunk(2, 1)
+            spread = (fraction * (large / small).log() + small.log()).div(2).exp()
+        else:
+            spread = (small if variance == "small" else large).sqrt()
+        x = denoised + ratio * (x - denoised)
+        if following > 0:
+            x = x + spread * fresh(x, step)
         if callback is not None:
             callback(step, x, denoised)
     return x
@@ -66,14 +120,17 @@ def ddim(
     sigmas: Tensor,
     noise: Noise | None = None,
     callback: Callback | None = None,
+    *,
+    eta: float = 0.0,
 ) -> Tensor:
-    """DDIM with eta = 0 (Song, Meng & Ermon 2021, eq. 12), in sigma units.
-
-    clean + next * predicted noise, where the predicted noise is (x - clean) / sigma.
-    """
-    for step, sigma, following in _steps(sigmas):
+    """DDIM (Song, Meng & Ermon 2021, eq. 12): clean + kept noise + eta's share of fresh noise."""
+    fresh = required(noise, "ddim with eta > 0") if eta > 0 else None
+    for step, sigma, following in steps(sigmas):
         denoised = denoise(x, sigma)
-        x = denoised + (following / sigma).to(x.dtype) * (x - denoised)
+        down, up = split_noise(sigma, following, eta)
+        x = toward(denoised, x, sigma, down)
+        if fresh is not None and following > 0:
+            x = x + up * fresh(x, step)
         if callback is not None:
             callback(step, x, denoised)
     return x
@@ -90,10 +147,9 @@ def euler(
 
     In exact arithmetic this is DDIM with eta = 0.
     """
-    for step, sigma, following in _steps(sigmas):
+    for step, sigma, following in steps(sigmas):
         denoised = denoise(x, sigma)
-        d = (x - denoised) / sigma.to(x.dtype)
-        x = x + (following - sigma).to(x.dtype) * d
+        x = x + (following - sigma) * slope(x, denoised, sigma)
         if callback is not None:
             callback(step, x, denoised)
     return x
@@ -105,18 +161,20 @@ def euler_ancestral(
     sigmas: Tensor,
     noise: Noise | None = None,
     callback: Callback | None = None,
+    *,
+    eta: float = 1.0,
 ) -> Tensor:
-    """An Euler step down to sigma_down, then fresh noise up to the next sigma (DDIM's eta = 1).
+    """An Euler step down, then fresh noise up to the next sigma (k-diffusion's "Euler a").
 
-    sigma_up^2 = next^2 (sigma^2 - next^2) / sigma^2,  sigma_down^2 = next^2 - sigma_up^2
+    In exact arithmetic this is DDIM with the same eta, and with eta = 1 DDPM.
     """
-    fresh = _required(noise, "euler_ancestral")
-    for step, sigma, following in _steps(sigmas):
+    fresh = required(noise, "euler_ancestral")
+    for step, sigma, following in steps(sigmas):
         denoised = denoise(x, sigma)
-        up = following * (1 - (following / sigma).square()).sqrt()
-        down = (following.square() - up.square()).sqrt()
-        d = (x - denoised) / sigma.to(x.dtype)
-        x = x + (down - sigma).to(x.dtype) * d + up.to(x.dtype) * fresh(x, step)
+        down, up = split_noise(sigma, following, eta)
+        x = x + (down - sigma) * slope(x, denoised, sigma)
+        if following > 0:
+            x = x + up * fresh(x, step)
         if callback is not None:
             callback(step, x, denoised)
     return x
@@ -128,50 +186,77 @@ def heun(
     sigmas: Tensor,
     noise: Noise | None = None,
     callback: Callback | None = None,
+    *,
+    churn: float = 0.0,
+    churn_min: float = 0.0,
+    churn_max: float = float("inf"),
+    churn_noise: float = 1.0,
 ) -> Tensor:
-    """Heun's second-order method (Karras et al. 2022, algorithm 1); two evaluations a step.
+    """Heun's second-order method (Karras et al. 2022, algorithms 1 and 2); two evaluations a step.
 
-    The step to sigma = 0 is Euler's: the slope there is undefined.
+    With churn > 0 each step first climbs to sigma * (1 + gamma) on fresh noise,
+    gamma = min(churn / n, sqrt(2) - 1), while churn_min <= sigma <= churn_max; churn_noise
+    multiplies that noise (S_churn, S_min, S_max, S_noise of algorithm 2). The step to sigma = 0 is
+    Euler's: the slope there is undefined.
     """
-    last = len(sigmas) - 2
-    for step, sigma, following in _steps(sigmas):
+    fresh = required(noise, "heun with churn > 0") if churn > 0 else None
+    gamma = min(churn / max(1, len(sigmas) - 1), 2**0.5 - 1)
+    for step, sigma, following in steps(sigmas):
+        if fresh is not None and churn_min <= sigma <= churn_max:
+            higher = sigma * (1 + gamma)
+            x = x + (higher.square() - sigma.square()).sqrt() * churn_noise * fresh(x, step)
+            sigma = higher
         denoised = denoise(x, sigma)
-        d = (x - denoised) / sigma.to(x.dtype)
-        euler_x = x + (following - sigma).to(x.dtype) * d
-        if step == last and _ends_at_zero(sigmas):
-            x = euler_x
-        else:
-            d_next = (euler_x - denoise(euler_x, following)) / following.to(x.dtype)
-            x = x + (following - sigma).to(x.dtype) * (d + d_next) / 2
+        d = slope(x, denoised, sigma)
+        ahead = x + (following - sigma) * d
+        if following > 0:
+            d_ahead = slope(ahead, denoise(ahead, following), following)
+            ahead = x + (following - sigma) * (d + d_ahead) / 2
+        x = ahead
         if callback is not None:
             callback(step, x, denoised)
     return x
 
 
-def dpmpp_2m(
+def dpmpp_2s(
     denoise: Denoise,
     x: Tensor,
     sigmas: Tensor,
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation a step.
+    """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1 with r = 1/2); two evaluations a step.
 
-    With lambda = -log sigma and h = lambda_next - lambda, clean is extrapolated linearly from the
-    last two evaluations; the first step, and the one to sigma = 0, are of first order.
+    The midpoint rule in log sigma: the clean sample half-way stands for the whole step.
     """
-    previous: Tensor | None = None
-    previous_h = sigmas.new_zeros(())
-    last = len(sigmas) - 2
-    for step, sigma, following in _steps(sigmas):
+    for step, sigma, following in steps(sigmas):
         denoised = denoise(x, sigma)
-        h = sigma.log() - following.log()
         guess = denoised
-        if previous is not None and not (step == last and _ends_at_zero(sigmas)):
-            r = (h / (2 * previous_h)).to(x.dtype)
-            guess = denoised + r * (denoised - previous)
-        x = guess + (following / sigma).to(x.dtype) * (x - guess)
-        previous, previous_h = denoised, h
+        if following > 0:
+            middle = (sigma * following).sqrt()
+            guess = denoise(toward(denoised, x, sigma, middle), middle)
+        x = toward(guess, x, sigma, following)
+        if callback is not None:
+            callback(step, x, denoised)
+    return x
+
+
+def lcm(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1; Luo et al. 2023, LCM).
+
+    The denoised sample is taken for a finished one and noised again. For consistency-distilled
+    models, whose denoised sample is one; others come out blurred.
+    """
+    fresh = required(noise, "lcm")
+    for step, sigma, following in steps(sigmas):
+        denoised = denoise(x, sigma)
+        x = denoised + following * fresh(x, step) if following > 0 else denoised
         if callback is not None:
             callback(step, x, denoised)
     return x
@@ -184,10 +269,21 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
         "euler": euler,
         "euler_ancestral": euler_ancestral,
         "heun": heun,
+        "dpmpp_2s": dpmpp_2s,
         "dpmpp_2m": dpmpp_2m,
+        "dpmpp_3m": dpmpp_3m,
+        "dpmpp_2m_sde": dpmpp_2m_sde,
+        "dpmpp_3m_sde": dpmpp_3m_sde,
+        "unipc": unipc,
+        "ipndm": ipndm,
+        "lms": lms,
+        "lcm": lcm,
     }
 )
-STOCHASTIC = frozenset({"ddpm", "euler_ancestral"})
+STOCHASTIC = frozenset({"ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm"})
+EVALUATIONS: Mapping[str, int] = MappingProxyType(  # of the network a step; a step to 0 takes one
+    {name: 2 if name in ("heun", "dpmpp_2s") else 1 for name in SAMPLERS}
+)
 
 
 def find_sampler(name: str) -> Sampler:
@@ -199,36 +295,3 @@ def find_sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
-
-
-def check_sigmas(sigmas: Tensor) -> None:
-    """Refuse a step grid that no sampler can follow.
-
-    Raises:
-        ValueError: fewer than two sigmas, negative, or not strictly decreasing.
-    """
-    values = sigmas.tolist()
-    if len(values) < 2 or values[-1] < 0:
-        raise ValueError(f"sigmas must be at least two, none negative; got {values}")
-    for i in range(1, len(values)):
-        if not values[i] < values[i - 1]:
-            raise ValueError(
-                f"sigmas must decrease; got {values[i - 1]:g} then {values[i]:g} at index {i}; "
-                "sort them in descending order"
-            )
-
-
-def _steps(sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    check_sigmas(sigmas)
-    for step in range(len(sigmas) - 1):
-        yield step, sigmas[step], sigmas[step + 1]
-
-
-def _ends_at_zero(sigmas: Tensor) -> bool:
-    return sigmas[-1].item() == 0
-
-
-def _required(noise: Noise | None, name: str) -> Noise:
-    if noise is None:
-        raise ValueError(f"{name} is stochastic and got noise=None; pass noise(x, step)")
-    return noise

@@ -1,4 +1,4 @@
-"""What is the text-conditioned U-Net? diffusers' UNet2DConditionModel, built from a config."""
+"""What is the U-Net? diffusers' UNet2DConditionModel, or UNet2DModel without text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from latentdiff.text import Conditioning
 
 
 def new_unet(
-    config: UNetConfig, latent_channels: int, sample_size: int, text_width: int | None
+    config: UNetConfig,
+    latent_channels: int,
+    sample_size: int,
+    text_width: int | None,
+    out_channels: int | None = None,
 ) -> nn.Module:
     """A U-Net with fresh weights.
 
@@ -22,35 +26,62 @@ def new_unet(
         latent_channels: c of the latents it reads and writes.
         sample_size: side of the training latents, stored as the model's default size.
         text_width: width of the conditioning; None for an unconditional model.
+        out_channels: channels it writes; default: c (2 c where the variance is learned too).
+
+    Returns:
+        UNet2DConditionModel; UNet2DModel (DDPM's own shape) for an unconditional model.
 
     Raises:
         ValueError: the latents cannot be halved often enough.
     """
-    from diffusers import UNet2DConditionModel
-
     levels = len(config.channels)
     if sample_size % 2 ** (levels - 1):
         raise ValueError(
             f"latents of side {sample_size} cannot be halved {levels - 1} times; "
             "use fewer unet.channels or a larger data.size_px"
         )
-    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.cross_attention]
-    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.cross_attention)]
     shape: dict[str, Any] = dict(
         sample_size=sample_size,
         in_channels=latent_channels,
-        out_channels=latent_channels,
-        down_block_types=tuple(down),
-        mid_block_type="UNetMidBlock2DCrossAttn" if text_width else "UNetMidBlock2D",
-        up_block_types=tuple(up),
+        out_channels=out_channels or latent_channels,
         block_out_channels=config.channels,
         layers_per_block=config.layers_per_block,
-        # diffusers' name for what is the number of heads
-        attention_head_dim=tuple(width // config.head_dim for width in config.channels),
         norm_num_groups=config.norm_num_groups,
-        cross_attention_dim=text_width or config.head_dim,
+        dropout=config.dropout,
     )
-    return UNet2DConditionModel(**shape)
+    if text_width is None:
+        return _unconditional(config, shape)
+    return _conditional(config, shape, text_width)
+
+
+def _unconditional(config: UNetConfig, shape: dict[str, Any]) -> nn.Module:
+    from diffusers import UNet2DModel
+
+    attends = config.self_attention or (False,) * len(config.channels)
+    return UNet2DModel(
+        **shape,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        attention_head_dim=config.head_dim,  # here the name says what it is
+    )
+
+
+def _conditional(config: UNetConfig, shape: dict[str, Any], text_width: int) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    attends = config.cross_attention
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends]
+    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)]
+    # diffusers' name for what is the number of heads
+    heads: Any = tuple(width // config.head_dim for width in config.channels)
+    return UNet2DConditionModel(
+        **shape,
+        down_block_types=tuple(down),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=tuple(up),
+        attention_head_dim=heads,
+        cross_attention_dim=text_width,
+    )
 
 
 def as_network(unet: Any) -> Network:
@@ -62,8 +93,10 @@ def as_network(unet: Any) -> Network:
     )
 
     def predict(noisy: Tensor, t: Tensor, cond: Conditioning | None) -> Tensor:
-        tokens = None if cond is None else cond.tokens.to(unet.dtype)
         noisy = noisy.to(unet.dtype).contiguous(memory_format=memory_format)
+        if cond is None:
+            return unet(noisy, t, return_dict=False)[0]
+        tokens = cond.tokens.to(unet.dtype)
         return unet(noisy, t, encoder_hidden_states=tokens, return_dict=False)[0]
 
     return predict

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 PACKAGES = ("latentdiff", "vae", "data_pipelines")
-CORE = {f"latentdiff.{name}" for name in ("schedule", "denoiser", "loss", "guidance", "samplers")}
+CORE = {f"latentdiff.{name}" for name in ("schedule", "grids", "denoiser", "loss", "likelihood",
+        "guidance", "thresholds", "samplers", "multistep", "solver")}  # fmt: skip
 HEAVY = {"torch", "torchvision", "xformers", "open_clip", "diffusers", "transformers", "duckdb",
          "numpy", "pyarrow", "webdataset", "resvg_py", "PIL"}  # fmt: skip
 OPTIONAL = {"lpips", "xformers"}  # imported where present

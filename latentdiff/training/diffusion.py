@@ -10,23 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.loader import Batch, Loader
+from latentdiff.build import build_weighting
 from latentdiff.config import DiffusionRun
 from latentdiff.devices import autocast, resolve_device
 from latentdiff.ema import Ema
-from latentdiff.loss import (
-    denoising_loss,
-    drop_captions,
-    min_snr_weight,
-    target,
-    uniform_timesteps,
-)
+from latentdiff.likelihood import PIXEL_BINS, vlb_loss
+from latentdiff.loss import denoising_loss, drop_captions, loss_weight, target
 from latentdiff.pictures import grid
 from latentdiff.pipeline import Pipeline
-from latentdiff.randomness import normal, uniform
+from latentdiff.randomness import seed_dropout, uniform
+from latentdiff.schedule import NoiseSchedule
 from latentdiff.training.captions import vocabulary_captions
 from latentdiff.training.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from latentdiff.training.latents import LatentCache, encode_batch
 from latentdiff.training.log import RunLog
+from latentdiff.training.noise import draw_noise, perturb, timestep_draws
 from latentdiff.training.optim import (
     load_optimizer_tensors,
     lr_at,
@@ -83,6 +81,7 @@ def train_diffusion(config: DiffusionRun, resume: str = "auto") -> Path:
                     if cache is not None
                     else encode_batch(model.autoencoder, batch, config.seed, device)
                 )
+                seed_dropout(config.seed, batch.position)
                 loss = batch_loss(model, clean, batch, config)
                 (loss / loop.accumulation).backward()
                 total += loss.detach() / loop.accumulation
@@ -106,7 +105,7 @@ def train_diffusion(config: DiffusionRun, resume: str = "auto") -> Path:
                 state = {"ema_updates": ema.num_updates, "fingerprint": loader.index.fingerprint}
                 save_checkpoint(out / "checkpoints", step, groups, state, loop.keep_checkpoints)
 
-    if model.text is None or model.autoencoder.is_identity:
+    if model.diffusers_class is None:
         return out
     target_dir = Path(config.export or out / "model")
     with ema.applied():
@@ -119,25 +118,36 @@ def batch_loss(model: Pipeline, clean: Tensor, batch: Batch, config: DiffusionRu
 
     Timesteps, noise and caption drops depend on (seed, position) alone.
     """
+    objective, schedule, seed = config.objective, model.schedule, config.seed
     positions = range(batch.position, batch.position + len(clean))
-    draws = uniform(config.seed, positions, "timestep")
+
+    draws = timestep_draws(positions, seed, config.loop.batch_size, objective.stratified_timesteps)
     # t stays on the CPU beside the float64 schedule, which not every device could hold
-    t = uniform_timesteps(torch.from_numpy(draws), model.schedule.num_timesteps)
-    noise = normal(clean.shape[1:], config.seed, positions, "noise").to(clean.device)
-    noisy = model.schedule.add_noise(clean, noise, t)
-    objective = config.objective
-    weight = None
-    if objective.min_snr_gamma is not None:
-        weight = min_snr_weight(model.schedule.snr(t), objective.min_snr_gamma, model.prediction)
+    t = schedule.draw_timesteps(draws)
+    noise = draw_noise(clean, positions, seed, objective.offset_noise)
+    perturbed = perturb(noise, positions, seed, objective.input_perturbation)
+    noisy = schedule.add_noise(clean, perturbed, t)
+
     with autocast(clean.device, config.loop.precision):
         cond = None
         if model.text is not None:
-            dropped = torch.from_numpy(uniform(config.seed, positions, "caption_drop"))
+            dropped = torch.from_numpy(uniform(seed, positions, "caption_drop"))
             captions = drop_captions(list(batch.captions), dropped, objective.caption_dropout)
             cond = model.text.encode(captions)
-        output = as_network(model.unet)(noisy, t.to(clean.device), cond)
-    expected = target(model.schedule, clean, noise, t, model.prediction)
-    return denoising_loss(output, expected, weight)
+        output = as_network(model.unet)(noisy, t.float().to(clean.device), cond)
+
+    predicted = output[:, : clean.shape[1]]  # a learned variance has as many channels again
+    expected = target(schedule, clean, noise, t, model.prediction)
+    weighting = build_weighting(objective.weighting, schedule.sigma_data)
+    weight = loss_weight(weighting, schedule.snr(t), model.prediction, schedule.sigma_data)
+    huber_c = objective.loss.c if objective.loss.kind == "huber" else None
+    loss = denoising_loss(predicted, expected, weight, huber_c)
+    if objective.learned_variance:
+        assert isinstance(schedule, NoiseSchedule)  # the config has seen to it
+        bins = PIXEL_BINS if model.autoencoder.is_identity else None
+        bound = vlb_loss(schedule, output, clean, noisy, t, model.prediction, bins)
+        loss = loss + objective.vlb_weight * bound
+    return loss
 
 
 def sample_grid(model: Pipeline, config: DiffusionRun) -> Any:
@@ -148,7 +158,9 @@ def sample_grid(model: Pipeline, config: DiffusionRun) -> Any:
         network.eval()
     images = model.generate(
         list(config.samples.prompts),
+        num_images=config.samples.num_images,
         seed=config.samples.seed,
+        sampler=config.samples.sampler,
         steps=config.samples.num_steps,
         guidance_scale=config.samples.guidance_scale,
         batch_size=16,
@@ -160,6 +172,12 @@ def sample_grid(model: Pipeline, config: DiffusionRun) -> Any:
 
 def _prepare(model: Pipeline, config: DiffusionRun) -> dict[str, nn.Module]:
     """Freeze what is not trained; returns what is, by name."""
+    _check_variance(model, config)
+    if config.export is not None and model.diffusers_class is None:
+        raise ValueError(
+            f"export is {config.export}, but diffusers' layouts hold a text tower with an "
+            "autoencoder (Stable Diffusion) or neither (DDPM), not one of the two; set export: null"
+        )
     model.autoencoder.eval().requires_grad_(False)
     trained: dict[str, nn.Module] = {"unet": model.unet.train()}
     if model.text is not None:
@@ -168,6 +186,18 @@ def _prepare(model: Pipeline, config: DiffusionRun) -> dict[str, nn.Module]:
         else:
             model.text.eval().requires_grad_(False)
     return trained
+
+
+def _check_variance(model: Pipeline, config: DiffusionRun) -> None:
+    learned = config.objective.learned_variance
+    channels, found = model.autoencoder.latent_channels, model.unet.config.out_channels
+    wanted = 2 * channels if learned else channels
+    if found != wanted:
+        raise ValueError(
+            f"objective.learned_variance is {str(learned).lower()}, for which the U-Net needs "
+            f"{wanted} output channels; {config.init_from or 'it'} has {found}; set "
+            f"objective.learned_variance={str(not learned).lower()}"
+        )
 
 
 def _check_data(checkpoint: Checkpoint, loader: Loader) -> None:

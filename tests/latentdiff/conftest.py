@@ -59,7 +59,7 @@ def tiny_diffusion_run(
                 "head_dim": 8,
                 "norm_num_groups": 4,
             },
-            "objective": {"prediction": "v", "min_snr_gamma": 5.0},
+            "objective": {"prediction": "v", "weighting": {"kind": "min_snr", "gamma": 5.0}},
             "optimizer": {"lr": 1e-3, "warmup_steps": 1},
             "samples": {
                 "prompts": ["a red apple"],

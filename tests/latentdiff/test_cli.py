@@ -56,7 +56,7 @@ def test_version(run_latentdiff: Any) -> None:
 
 
 COMMAND_LINES = [
-    *("sample", "train", "config", "vae train", "vae reconstruct"),
+    *("sample", "train", "explain", "config", "vae train", "vae reconstruct"),
     *("data emoji", "data make", "data show"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,28 @@ import torch
 
 from latentdiff.pipeline import Pipeline
 from latentdiff.randomness import normal
+from latentdiff.samplers import STOCHASTIC
+from latentdiff.scheduler_format import SCHEDULERS
 
 
 def pixels(images: list) -> np.ndarray:
     return np.stack([np.asarray(image, dtype=np.float32) for image in images])
 
 
-def test_diffusers_draws_the_same_picture(tiny_model: Path, tiny_pipeline: Pipeline) -> None:
+EXACT = [name for name, theirs in SCHEDULERS.items() if not theirs.difference]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
+@pytest.mark.parametrize("sampler", [name for name in EXACT if name not in STOCHASTIC])
+def test_diffusers_draws_the_same_picture(
+    tiny_model: Path, tiny_pipeline: Pipeline, sampler: str, tmp_path: Path
+) -> None:
+    """By the scheduler that is saved with a model of that default sampler."""
     from diffusers import StableDiffusionPipeline
 
+    model = Pipeline.load(tiny_model)
+    model.defaults = replace(model.defaults, sampler=sampler)
+    model.save(tmp_path / "model")
     start = normal((4, 8, 8), 3, range(2), "test")
     ours = tiny_pipeline.generate(
         ["a red apple", "eine Katze"],
@@ -28,9 +42,10 @@ def test_diffusers_draws_the_same_picture(tiny_model: Path, tiny_pipeline: Pipel
         latents=start,
         steps=10,
         guidance_scale=3.0,
-        sampler="ddim",
+        sampler=sampler,
     )
-    theirs: Any = StableDiffusionPipeline.from_pretrained(str(tiny_model))
+    theirs: Any = StableDiffusionPipeline.from_pretrained(str(tmp_path / "model"))
+    assert type(theirs.scheduler).__name__ == SCHEDULERS[sampler].class_name
     theirs.set_progress_bar_config(disable=True)
     expected = theirs(
         ["a red apple", "eine Katze"],

@@ -62,7 +62,7 @@ def test_diffusers_draws_the_same(box: Pipeline) -> None:
 
     start = normal((4, 16, 16), 0, range(2), "test")
     prompts = ["a penguin, fluent 3d", "a banana, noto"]
-    ours = box.generate(prompts, latents=start, steps=10, guidance_scale=3.0, sampler="ddim")
+    ours = box.generate(prompts, latents=start, steps=10, guidance_scale=3.0)
     theirs: Any = StableDiffusionPipeline.from_pretrained(str(Path(PRETRAINED)))
     theirs.to(dtype=box.unet.dtype)
     theirs.set_progress_bar_config(disable=True)

@@ -21,7 +21,8 @@ from latentdiff.config import (
     load,
 )
 from latentdiff.configfile import dump_config, load_config, shipped_configs
-from latentdiff.text import new_tower, train_tokenizer
+from latentdiff.schedule import NoiseSchedule
+from latentdiff.text import Conditioning, new_tower, train_tokenizer
 from latentdiff.training.contrastive import ImageTower
 from latentdiff.unet import as_network, new_unet
 from vae.autoencoder import Autoencoder
@@ -100,18 +101,21 @@ def test_shipped_configs_build_models_that_fit(name: str) -> None:
             case DiffusionRun() if run.init_from is not None:
                 assert run.init_from == "box"  # test_pretrained.py builds that one
             case DiffusionRun():
-                autoencoder, tower = autoencoder_of(run.autoencoder), tower_of(run.text)
+                autoencoder = autoencoder_of(run.autoencoder)
+                tower = None if run.text.kind == "none" else tower_of(run.text)
+                width = None if tower is None else tower.config.hidden_size
                 z, _ = autoencoder.moments(image)
-                unet: Any = new_unet(
-                    run.unet, autoencoder.latent_channels, z.shape[-1], tower.config.hidden_size
-                )
-                ids = torch.zeros(2, tower.config.max_position_embeddings, dtype=torch.int64)
-                tokens = tower(ids).last_hidden_state
-                t = torch.zeros(2)
-                assert unet(z, t, encoder_hidden_states=tokens).sample.shape == z.shape
+                unet = new_unet(run.unet, autoencoder.latent_channels, z.shape[-1], width)
+                cond = None
+                if tower is not None:
+                    ids = torch.zeros(2, tower.config.max_position_embeddings, dtype=torch.int64)
+                    cond = Conditioning(tower(ids).last_hidden_state)
+                assert as_network(unet)(z, torch.zeros(2), cond).shape == z.shape
                 assert {p.device.type for p in unet.parameters()} == {"meta"}
     if isinstance(run, DiffusionRun):
-        assert build_schedule(run.schedule).num_timesteps == run.schedule.num_timesteps
+        schedule = build_schedule(run.schedule)
+        assert isinstance(schedule, NoiseSchedule) and run.schedule.kind != "edm"
+        assert schedule.num_timesteps == run.schedule.num_timesteps
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -183,6 +187,24 @@ def test_the_tiny_config_is_valid() -> None:
             "set text.kind: none",
         ),
         (
+            ["unet.self_attention=[false, true, false]"],
+            "unet: self_attention needs one entry a level; got 3 for 2 channels",
+        ),
+        (
+            ["unet.self_attention=[false, true]"],
+            "unet.self_attention is on but text.kind is small, where the levels of "
+            "unet.cross_attention attend to themselves too; leave unet.self_attention out",
+        ),
+        (["unet.dropout=1.0"], "unet.dropout: got 1.0; expected a value"),
+        (["samples.sampler=dpm"], "samples.sampler: unknown sampler 'dpm'; known: ddpm, ddim"),
+        (["samples.spacing=kerras"], "samples.spacing: unknown spacing 'kerras'; known: trailing"),
+        (
+            ["schedule={kind: edm}", "objective.prediction=edm"],
+            "samples.spacing trailing needs numbered timesteps, which schedule.kind edm lacks; set "
+            "samples.spacing: karras or exponential",
+        ),
+        (["samples.num_images=0"], "samples.num_images: got 0; expected a value"),
+        (
             ["unet.channels=[16, 36]"],
             r"unet: channels must be multiples of head_dim \(8\) and norm_num_groups \(4\); got 36",
         ),
@@ -210,7 +232,7 @@ def test_the_tiny_config_is_valid() -> None:
         (["samples.prompts=[]"], r"samples.prompts: got \(\)|samples.prompts: got \[\]"),
         (["data.crop_px=64"], "data: crop_px must be at most size_px; got 64 > 32"),
         (["text.tokenizer.vocab_size=100"], "text.tokenizer.vocab_size: got 100; expected a value"),
-        (["objective.prediction=eps"], "objective.prediction: got 'eps'; expected 'epsilon' or"),
+        (["objective.prediction=eps"], "objective.prediction: got 'eps'; expected 'epsilon', 'v'"),
         (["optimiser.lr=1"], "optimiser: unknown key; did you mean optimizer"),
     ],
 )
