@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from latentdiff.schedule import FlowSchedule, NoiseSchedule, Schedule
+from latentdiff.schedule import Schedule
 
 PREDICTIONS = ("epsilon", "v", "sample", "flow", "edm")
 
@@ -84,7 +84,13 @@ class NetworkDenoiser:
         time = self.schedule.sigma_to_t(sigma.view(1)).item()
         t = torch.full((len(x),), time, dtype=torch.float32, device=x.device)
         output = self.network(x * self.schedule.signal_at(sigma), t, cond).to(x.dtype)
-        prediction, rest = output[:, : x.shape[1]], output[:, x.shape[1] :]
+        channels = x.shape[1]
+        if output.shape[1] not in (channels, 2 * channels):
+            raise ValueError(
+                f"the network must give as many channels as x has, {channels}, or with learned "
+                f"variance {2 * channels}; got {output.shape[1]}"
+            )
+        prediction, rest = output[:, :channels], output[:, channels:]
         return to_clean(prediction, x, sigma, self.prediction, self.schedule.sigma_data), rest
 
 
@@ -96,12 +102,7 @@ def check_prediction(prediction: str, schedule: Schedule | None = None) -> None:
     """
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(PREDICTIONS)}")
-    ends_in_noise = (
-        schedule.has_zero_terminal_snr
-        if isinstance(schedule, NoiseSchedule)
-        else isinstance(schedule, FlowSchedule)
-    )
-    if ends_in_noise and prediction == "epsilon":
+    if schedule is not None and schedule.ends_in_noise and prediction == "epsilon":
         raise ValueError(
             "prediction epsilon cannot start from a zero-SNR last step, where the noise is all "
             "there is to see, nor from flow matching's; use v, sample or flow, or a schedule of "

@@ -97,10 +97,10 @@ def _spaced_in_t(schedule: Schedule, num_steps: int, spacing: str) -> Tensor:
 
 def _aligned(schedule: Schedule, num_steps: int, spacing: str) -> Tensor:
     table = torch.tensor(_AYS[spacing], dtype=torch.float64)
-    if not table[0] <= schedule.sigma_max * 1.001:
+    if not math.isclose(table[0], schedule.sigma_max, rel_tol=0.01):
         raise ValueError(
-            f"spacing {spacing} starts at sigma {table[0]:g}, but this schedule ends at "
-            f"{schedule.sigma_max:g}; use karras"
+            f"spacing {spacing} starts at sigma {table[0]:g}, where Stable Diffusion's schedule "
+            f"ends, but this one ends at {schedule.sigma_max:g}; use karras"
         )
     place = _linspace(0, len(table) - 1, num_steps + 1)[:-1]  # the last level gives way to 0
     low = place.floor().long()

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentdiff.loss import clean_from, per_sample
-from latentdiff.schedule import NoiseSchedule
+from latentdiff.loss import clean_from
+from latentdiff.schedule import NoiseSchedule, per_sample
 
 PIXEL_BINS = 256  # values of an 8-bit picture, evenly over [-1, 1]
 VARIANCES = ("small", "large")  # the posterior's, and beta: the two of DDPM, section 3.2

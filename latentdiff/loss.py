@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.denoiser import check_prediction
-from latentdiff.schedule import Schedule
+from latentdiff.schedule import Schedule, per_sample
 
 Weighting = Callable[[Tensor], Tensor]  # SNR [b] -> weight of the clean sample's squared error
 
@@ -153,11 +153,6 @@ def drop_captions(captions: list[str], uniform: Tensor, rate: float) -> list[str
     """Replace captions by "" where uniform < rate (Ho & Salimans 2022, algorithm 1)."""
     dropped = (uniform < rate).tolist()
     return ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
-
-
-def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """[b] as [b, 1, ...] in the precision and on the device of `like`."""
-    return values.view(-1, *[1] * (like.ndim - 1)).to(like)
 
 
 def _mixture(

@@ -79,12 +79,13 @@ def unipc(
     noise: Noise | None = None,
     callback: Callback | None = None,
     *,
-    order: int = 3,
+    order: int = 2,
 ) -> Tensor:
     """UniPC (Zhao et al. 2023, algorithms 1 and 2, B_2, data prediction): predict, then correct.
 
     The evaluation that the next step needs anyway first mends the step that led to it: the
-    polynomial is put through it too. One evaluation a step.
+    polynomial is put through it too. One evaluation a step; the correction makes it of order + 1.
+    The paper takes order 2 with guidance, 3 without.
     """
     history: list[_Point] = []
     before, used = x, 1

@@ -197,7 +197,8 @@ def heun(
     With churn > 0 each step first climbs to sigma * (1 + gamma) on fresh noise,
     gamma = min(churn / n, sqrt(2) - 1), while churn_min <= sigma <= churn_max; churn_noise
     multiplies that noise (S_churn, S_min, S_max, S_noise of algorithm 2). The step to sigma = 0 is
-    Euler's: the slope there is undefined.
+    Euler's: the slope there is undefined. Being of second order in sigma, it needs a grid that is
+    fine where sigma is large, such as karras; `dpmpp_2s` is its like in log sigma.
     """
     fresh = required(noise, "heun with churn > 0") if churn > 0 else None
     gamma = min(churn / max(1, len(sigmas) - 1), 2**0.5 - 1)

@@ -40,6 +40,11 @@ class Schedule(ABC):
     def sigma_max(self) -> float:
         """Sigma at the last time, made finite where nothing is left of the data."""
 
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether nothing is left of the data at the last time."""
+        return False
+
     @abstractmethod
     def mix(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(signal, spread) at t [b], float64 [b]."""
@@ -61,10 +66,7 @@ class Schedule(ABC):
         """Training timesteps from numbers in [0, 1) [b], by the inverse of their distribution."""
 
     def start_scale(self, sigma: Tensor) -> Tensor:
-        """What standard-normal noise is multiplied by to start a sampler at sigma.
-
-        The network sees unit variance there: the noise alone, where the process ends in it.
-        """
+        """What makes noise a sampler's start at sigma: the network sees it at unit variance."""
         return 1 / self.signal_at(sigma)
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -75,17 +77,8 @@ class Schedule(ABC):
             noise: standard normal, like clean.
             t: [b] times, integer or in between.
         """
-        signal, spread = (_column(part, clean) for part in self.mix(t))
+        signal, spread = (per_sample(part, clean) for part in self.mix(t))
         return signal * clean + spread * noise
-
-    def velocity(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """V = signal * noise - spread * clean (Salimans & Ho 2022).
-
-        Divided by sqrt(signal^2 + spread^2), which is 1 where variance is preserved.
-        """
-        signal, spread = self.mix(t)
-        root = torch.hypot(signal, spread)
-        return _column(signal / root, clean) * noise - _column(spread / root, clean) * clean
 
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio signal^2 / spread^2, float64 [b]."""
@@ -189,7 +182,7 @@ class NoiseSchedule(Schedule):
         return 1 - self.alphas_cumprod / before
 
     @property
-    def has_zero_terminal_snr(self) -> bool:
+    def ends_in_noise(self) -> bool:
         """Whether the last timestep is noise alone."""
         return self.alphas_cumprod[-1].item() == 0
 
@@ -245,7 +238,7 @@ class NoiseSchedule(Schedule):
     @property
     def _finite_sigmas(self) -> Tensor:
         sigmas = self.sigmas
-        if self.has_zero_terminal_snr:
+        if self.ends_in_noise:
             sigmas[-1] = max(SIGMA_CAP, 1.5 * sigmas[-2].item())
         return sigmas
 
@@ -288,6 +281,11 @@ class FlowSchedule(Schedule):
     def sigma_max(self) -> float:
         """SIGMA_CAP, or more where the shift takes t = T - 1 near it: t = T has no finite sigma."""
         return max(SIGMA_CAP, 2 * self.shift * self.num_timesteps)
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """True: at t = T there is noise alone."""
+        return True
 
     def mix(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(1 - t / T, t / T)."""
@@ -395,6 +393,6 @@ def _normal_quantile(uniform: Tensor) -> Tensor:
     return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """[b] as [b, 1, ...] in the precision and on the device of `like`."""
     return values.view(-1, *[1] * (like.ndim - 1)).to(like)

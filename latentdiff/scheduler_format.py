@@ -82,7 +82,7 @@ SCHEDULERS: Mapping[str, Scheduler] = MappingProxyType(
         "unipc": Scheduler(
             "UniPCMultistepScheduler",
             {
-                "solver_order": 3,
+                "solver_order": 2,
                 "solver_type": "bh2",
                 "predict_x0": True,
                 "final_sigmas_type": "zero",

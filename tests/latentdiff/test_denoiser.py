@@ -348,11 +348,21 @@ def test_learned_variance_is_a_fraction_beside_the_clean_sample(prediction: str)
     assert fraction[0, :, 0].tolist() == [0, 1, 0.75]
 
 
-@pytest.mark.parametrize("channels", [3, 4, 7])
-def test_a_network_without_learned_variance_is_refused(channels: int) -> None:
+@pytest.mark.parametrize("channels", [1, 4, 7])
+def test_a_network_of_another_number_of_channels_is_refused(channels: int) -> None:
     denoise = NetworkDenoiser(lambda noisy, t, cond: torch.ones(2, channels, 4), STABLE, "v")
     message = (
-        f"needs a network of 6 output channels for 3 of x; got {channels}; train with "
+        "the network must give as many channels as x has, 3, or with learned variance 6; "
+        f"got {channels}"
+    )
+    with pytest.raises(ValueError, match=message):
+        denoise(torch.ones(2, 3, 4), scalar(1.0), None)
+
+
+def test_a_network_without_learned_variance_is_refused() -> None:
+    denoise = NetworkDenoiser(lambda noisy, t, cond: torch.ones(2, 3, 4), STABLE, "v")
+    message = (
+        "needs a network of 6 output channels for 3 of x; got 3; train with "
         "objective.learned_variance, or sample with variance small"
     )
     with pytest.raises(ValueError, match=message):

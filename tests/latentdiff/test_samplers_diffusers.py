@@ -167,10 +167,11 @@ def test_other_grids_are_diffusers_too(name: str, spacing: str) -> None:
     assert distance(end, theirs(scheduler)) < 5 * CLOSE  # linspace: they interpolate sigma, not log
 
 
-def test_unipc_of_order_two() -> None:
+@pytest.mark.parametrize("num_steps", [8, 20])
+def test_unipc_of_order_three(num_steps: int) -> None:
     schedule = NoiseSchedule.scaled_linear()
-    end = ours(partial(unipc, order=2), schedule, step_grid(schedule, 20), "v")
-    assert distance(end, theirs(build("unipc", "v", 20, solver_order=2))) < CLOSE
+    end = ours(partial(unipc, order=3), schedule, step_grid(schedule, num_steps), "v")
+    assert distance(end, theirs(build("unipc", "v", num_steps, solver_order=3))) < CLOSE
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentdiff.loss import target
 from latentdiff.schedule import SIGMA_CAP, EDMSchedule, FlowSchedule, NoiseSchedule, Schedule
 
 # diffusers converts tensors in a way that numpy 2 deprecates
@@ -44,7 +45,7 @@ SCHEDULES: dict[str, Schedule] = {
 def times(schedule: Schedule, count: int = 2999) -> Tensor:
     """Times in increasing order, most of them between the integers, short of a zero SNR."""
     if isinstance(schedule, NoiseSchedule):
-        last = schedule.num_timesteps - (2 if schedule.has_zero_terminal_snr else 1)
+        last = schedule.num_timesteps - (2 if schedule.ends_in_noise else 1)
         return torch.linspace(0, last, count, dtype=torch.float64)
     if isinstance(schedule, FlowSchedule):
         return torch.linspace(0, 1, count + 2, dtype=torch.float64)[1:-1] * schedule.num_timesteps
@@ -146,9 +147,10 @@ def test_velocity_turns_with_noise(schedule: Schedule) -> None:
     t = times(schedule, 7)
     signal, spread = schedule.mix(t)
     noisy = schedule.add_noise(clean, noise, t) / torch.hypot(signal, spread).view(-1, 1)
-    velocity = schedule.velocity(clean, noise, t)
+    velocity = target(schedule, clean, noise, t, "v")
     torch.testing.assert_close(noisy**2 + velocity**2, clean**2 + noise**2)
-    torch.testing.assert_close(schedule.velocity(noise, -clean, t), -noisy)  # a quarter turn later
+    later = target(schedule, noise, -clean, t, "v")  # a quarter turn
+    torch.testing.assert_close(later, -noisy)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -172,7 +174,7 @@ def test_nothing_is_looked_at_on_a_device(schedule: Schedule) -> None:
 
 
 def test_variance_is_preserved_and_some_signal_kept(discrete: NoiseSchedule) -> None:
-    assert not discrete.has_zero_terminal_snr
+    assert not discrete.ends_in_noise
     assert discrete.sigma_max == discrete.sigmas[-1].item() < math.inf
     signal, spread = discrete.mix(times(discrete))
     torch.testing.assert_close(signal**2 + spread**2, torch.ones_like(signal))
@@ -200,7 +202,7 @@ def test_add_noise_and_velocity_are_diffusers(kind: str) -> None:
     assert noisy.dtype == torch.float32
     torch.testing.assert_close(noisy, theirs.add_noise(clean, noise, t), rtol=1e-3, atol=1e-5)
     expected = theirs.get_velocity(clean, noise, t)
-    torch.testing.assert_close(ours.velocity(clean, noise, t), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(target(ours, clean, noise, t, "v"), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_betas_lie_where_the_papers_put_them() -> None:
@@ -333,7 +335,7 @@ def test_the_last_step_of_zero_snr_is_noise_alone(
     clean, noise = normal(2, 2, 8).to(dtype)
     t = torch.full((2,), zero_snr.num_timesteps - 1).to(torch.int64 if whole else torch.float64)
     assert torch.equal(zero_snr.add_noise(1e4 * clean, noise, t), noise)
-    assert torch.equal(zero_snr.velocity(clean, noise, t), -clean)
+    assert torch.equal(target(zero_snr, clean, noise, t, "v"), -clean)
     assert zero_snr.snr(t).tolist() == [0, 0]
     assert zero_snr.log_snr(t).tolist() == [-math.inf, -math.inf]
 
@@ -341,7 +343,7 @@ def test_the_last_step_of_zero_snr_is_noise_alone(
 def test_zero_snr_has_a_finite_stand_in_for_infinity(zero_snr: NoiseSchedule) -> None:
     """diffusers' alpha_bar = 2^-24, or further where the last step but one is near it."""
     last = zero_snr.num_timesteps - 1
-    assert zero_snr.has_zero_terminal_snr
+    assert zero_snr.ends_in_noise
     assert zero_snr.sigmas[-1] == math.inf
     assert zero_snr.sigma_max >= SIGMA_CAP == (2**24) ** 0.5
     assert zero_snr.sigma_max >= 1.5 * zero_snr.sigmas[-2].item()
