@@ -40,6 +40,9 @@ COMMANDS = {
     "train": _Entry("latentdiff.cli.train:train", "Train a model from a config."),
     "vae": _Entry("latentdiff.cli.vae:app", "Train and judge autoencoders: train, reconstruct."),
     "data": _Entry("latentdiff.cli.data:app", "Make and look at data: emoji, make, show."),
+    "explain": _Entry(
+        "latentdiff.cli.explain:explain", "Show how a model draws, on a page to read."
+    ),
     "config": _Entry("latentdiff.cli.config:config", "Print a config with every default resolved."),
 }
 
