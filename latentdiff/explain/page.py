@@ -35,6 +35,10 @@ _MATHML_REPAIRS = {  # what latex2mathml says differently from what browsers exp
     "<mi>&#x0007E;</mi>": "<mo>&#x0223C;</mo>",  # \sim is a relation, with space around it
     "<mi>&#x00064;</mi>": '<mi mathvariant="normal">&#x00064;</mi>',  # \mathrm{d} stands upright
     "<mover><": '<mover accent="true"><',
+    # fonts without mathematics put an accent onto the letter, where a bar cannot be seen
+    '<mover accent="true"><mrow><mi>&#x003B1;</mi></mrow><mo stretchy="true">&#x000AF;</mo>': (
+        '<mover><mrow><mi>&#x003B1;</mi></mrow><mo stretchy="false">&#x02013;</mo>'
+    ),
 }
 
 
