@@ -20,7 +20,7 @@ from data_pipelines.config import DataConfig
 from latentdiff.configfile import load_config
 from latentdiff.configobjective import DiffusionObjectiveConfig
 from latentdiff.configschedule import ScaledLinearSchedule, ScheduleConfig
-from latentdiff.grids import SPACED_IN_T, SPACINGS
+from latentdiff.grids import SPACED_IN_T, check_spacing
 from latentdiff.samplers import find_sampler
 from vae.config import AutoencoderConfig, IdentityConfig, KLConfig, ObjectiveConfig
 
@@ -251,8 +251,7 @@ class SampleGridConfig(_Frozen):
     @field_validator("spacing")
     @classmethod
     def _known_spacing(cls, name: str) -> str:
-        if name not in SPACINGS:
-            raise ValueError(f"unknown spacing {name!r}; known: {', '.join(SPACINGS)}")
+        check_spacing(name)
         return name
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 # pipeline of diffusers -> what its directory holds
 _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
@@ -19,16 +17,6 @@ _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
     "DDPMPipeline": {"unet": ("diffusers", "UNet2DModel")},
 }
 _UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline")  # of one layout
-_DYNAMIC = {"thresholding": True, "sample_max_value": 1.0}  # of which nothing but a clip is left
-# Schedulers that DDPMPipeline draws with, and how they clip clean predictions to [-1, 1]. It scales
-# neither the start nor the network's input, which the others ask for, and hands `generator` to each
-# step, which UniPC does not take. DDIM's direction is that of before the clip.
-_CLIPPED: dict[str, dict[str, Any]] = {
-    "DDPMScheduler": {"clip_sample": True},
-    "DPMSolverMultistepScheduler": _DYNAMIC,
-    "DPMSolverSinglestepScheduler": _DYNAMIC,
-    "LCMScheduler": {"clip_sample": True},
-}
 
 
 def pipeline_class(has_text: bool, has_autoencoder: bool) -> str | None:
@@ -40,12 +28,6 @@ def pipeline_class(has_text: bool, has_autoencoder: bool) -> str | None:
             return "DDPMPipeline"
         case _:
             return None
-
-
-def clipped(scheduler: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A scheduler's config for DDPMPipeline, clipping as we do; None where it cannot."""
-    options = _CLIPPED.get(scheduler["_class_name"])
-    return None if options is None else {**scheduler, **options}
 
 
 def is_unconditional(directory: Path) -> bool:

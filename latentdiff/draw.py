@@ -14,6 +14,7 @@ import torch
 from latentdiff import __version__
 from latentdiff.devices import resolve_device
 from latentdiff.diffusers_format import check_model_directory, is_unconditional
+from latentdiff.grids import check_spacing
 from latentdiff.pictures import grid as make_grid
 from latentdiff.pictures import save_png
 from latentdiff.pipeline import PRETRAINED, Pipeline
@@ -34,6 +35,7 @@ class DrawRequest:
     steps: int | None = None
     guidance: float | None = None
     sampler: str | None = None
+    spacing: str | None = None
     seed: int = 0
     height: int | None = None
     width: int | None = None
@@ -74,6 +76,8 @@ def draw(
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(_DTYPES)}")
     if request.sampler is not None:
         find_sampler(request.sampler)
+    if request.spacing is not None:
+        check_spacing(request.spacing)
     chosen = resolve_device(device)
     source = check_model_directory(PRETRAINED if model is None else model)
     if is_unconditional(source):
@@ -89,6 +93,7 @@ def draw(
             pipeline.defaults.guidance_scale if request.guidance is None else request.guidance
         ),
         "sampler": request.sampler or pipeline.defaults.sampler,
+        "spacing": request.spacing or pipeline.defaults.spacing,
         "seed": request.seed,
     }
     out.mkdir(parents=True, exist_ok=True)  # before the work, so that a wrong --out costs nothing

@@ -31,6 +31,16 @@ _AYS = {  # Sabour et al. 2024, "Align Your Steps": the eleven noise levels of t
 }
 
 
+def check_spacing(name: str) -> None:
+    """Refuse a spacing that is not known.
+
+    Raises:
+        ValueError: with the known ones.
+    """
+    if name not in SPACINGS:
+        raise ValueError(f"unknown spacing {name!r}; known: {', '.join(SPACINGS)}")
+
+
 def step_grid(schedule: Schedule, num_steps: int, spacing: str = "trailing") -> Tensor:
     """Decreasing sigmas [num_steps + 1], float64, ending in 0.
 
@@ -48,6 +58,7 @@ def step_grid(schedule: Schedule, num_steps: int, spacing: str = "trailing") -> 
     Raises:
         ValueError: unknown spacing, one that the schedule does not have, or too many steps.
     """
+    check_spacing(spacing)
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1; got {num_steps}")
     match spacing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from latentdiff.denoiser import Denoiser, NetworkDenoiser
 from latentdiff.devices import cast
 from latentdiff.diffusers_format import (
     check_model_directory,
-    clipped,
     is_unconditional,
     pipeline_class,
     weights_hash,
@@ -32,9 +31,10 @@ from latentdiff.files import staged
 from latentdiff.grids import step_grid
 from latentdiff.guidance import ClassifierFree, Pair
 from latentdiff.randomness import normal
-from latentdiff.samplers import STOCHASTIC, find_sampler
+from latentdiff.samplers import STOCHASTIC, Denoise, ddpm, find_sampler
+from latentdiff.sampling_defaults import SamplingDefaults
 from latentdiff.schedule import Schedule
-from latentdiff.scheduler_format import read_schedule, scheduler_config
+from latentdiff.scheduler_format import read_schedule, saved_scheduler
 from latentdiff.text import Conditioning, TextEncoder
 from latentdiff.thresholds import Static
 from latentdiff.unet import as_network, new_unet
@@ -43,26 +43,6 @@ from vae.config import IdentityConfig
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the model in the box
 _DEFAULT_BATCH = 8  # pictures at a time
-_EXTRAS = "latentdiff.json"  # what diffusers' layout has no place for
-
-
-@dataclass(frozen=True)
-class SamplingDefaults:
-    """What `generate` does where it is not told.
-
-    Attributes:
-        num_steps: of the sampler.
-        guidance_scale: of classifier-free guidance.
-        sampler: name in SAMPLERS.
-        spacing: of the step grid, a name in SPACINGS.
-        styles: names of styles that the model was trained on, for `--style`.
-    """
-
-    num_steps: int = 20
-    guidance_scale: float = 5.0
-    sampler: str = "dpmpp_2m"
-    spacing: str = "trailing"
-    styles: tuple[str, ...] = ()
 
 
 @dataclass
@@ -155,10 +135,6 @@ class Pipeline:
         source = check_model_directory(PRETRAINED if model is None else model)
         with_text = not is_unconditional(source)
         schedule_config, prediction = read_schedule(source)
-        extras = source / _EXTRAS
-        defaults = json.loads(extras.read_text()) if extras.is_file() else {}
-        if "styles" in defaults:
-            defaults["styles"] = tuple(defaults["styles"])
         unet_class = UNet2DConditionModel if with_text else UNet2DModel
         unet: Any = unet_class.from_pretrained(str(source / "unet"))
         autoencoder = (
@@ -176,7 +152,7 @@ class Pipeline:
             schedule=build_schedule(schedule_config),
             schedule_config=schedule_config,
             prediction=prediction,
-            defaults=SamplingDefaults(**defaults),
+            defaults=SamplingDefaults.read(source),
             source=source,
         )
 
@@ -223,17 +199,20 @@ class Pipeline:
             kept = json.loads(config.read_text())
             kept.pop("_name_or_path", None)
             config.write_text(json.dumps(kept, indent=2))
-        process, spacing = (self.schedule_config, self.prediction), self.defaults.spacing
-        description = scheduler_config(*process, self.defaults.sampler, spacing)
-        if layout == "DDPMPipeline":
-            ancestral = scheduler_config(*process, "ddpm", spacing)
-            description = clipped(description) or clipped(ancestral) or description
+        description = saved_scheduler(
+            self.schedule_config,
+            self.prediction,
+            self.defaults.sampler,
+            self.defaults.spacing,
+            layout,
+            self.learns_variance,
+        )
         (directory / "scheduler").mkdir()
         (directory / "scheduler" / "scheduler_config.json").write_text(
             json.dumps(description, indent=2)
         )
         write_model_index(directory, layout, description["_class_name"])
-        (directory / _EXTRAS).write_text(json.dumps(asdict(self.defaults), indent=2))
+        self.defaults.write(directory)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Pipeline:
         """Move all networks; returns self."""
@@ -247,6 +226,11 @@ class Pipeline:
     def device(self) -> torch.device:
         """Where the U-Net is."""
         return self.unet.device
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the U-Net says the reverse process's variance too; unguided ddpm takes it."""
+        return self.unet.config.out_channels == 2 * self.unet.config.in_channels
 
     @property
     def diffusers_class(self) -> str | None:
@@ -310,6 +294,9 @@ class Pipeline:
         sampler = sampler or self.defaults.sampler
         draw = find_sampler(sampler)
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
+        unguided = self.text is None or scale == 1
+        if learned := sampler == "ddpm" and self.learns_variance and unguided:
+            draw = partial(ddpm, variance="learned")
         prompts = [p for p in _as_list(prompt) for _ in range(num_images)]
         _positive("num_images", num_images)
         size = _DEFAULT_BATCH if batch_size is None else batch_size
@@ -334,9 +321,7 @@ class Pipeline:
             )
             # the clean part of x = clean + sigma * noise is unknown, and beside such noise small
             x = start.to(self.device, torch.float32) * self.schedule.start_scale(sigmas[0])
-            cond, denoise = self._denoiser(chunk, negative_prompt, scale)
-            if self.autoencoder.is_identity:
-                denoise = Static(denoise)
+            denoise = self.denoiser(chunk, negative_prompt, scale, with_variance=learned)
 
             def noise(x: Tensor, step: int, indices: range = indices) -> Tensor:
                 return normal(shape, seed, indices, f"step-{step}").to(x)
@@ -346,7 +331,7 @@ class Pipeline:
                     progress(count)
 
             z = draw(
-                partial(denoise, cond=cond),
+                denoise,
                 x,
                 sigmas,
                 noise if sampler in STOCHASTIC else None,
@@ -355,19 +340,37 @@ class Pipeline:
             images += [to_image(image) for image in self.autoencoder.decode(z)]
         return images
 
-    def _denoiser(
-        self, prompts: list[str], negative_prompt: str, scale: float
-    ) -> tuple[Conditioning | Pair | None, Denoiser]:
-        """(conditioning, denoiser) of one batch; guidance doubles the batch inside."""
+    def denoiser(
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str = "",
+        scale: float = 1.0,
+        with_variance: bool = False,
+    ) -> Denoise:
+        """The model as `denoise(x, sigma) -> clean` for rows of x that belong to these prompts.
+
+        Guidance doubles the batch inside; pixels are clipped to [-1, 1], as DDPM's code does.
+
+        Args:
+            prompts: one for each row; an unconditional model takes none of them.
+            negative_prompt: what guidance steers away from.
+            scale: of classifier-free guidance; 1 is off.
+            with_variance: clean and the learned variance's fraction, for samplers.ddpm; unguided.
+        """
         plain = NetworkDenoiser(as_network(self.unet), self.schedule, self.prediction)
-        if self.text is None:
-            return None, plain
-        if scale == 1:
-            return self.text.encode(prompts), plain
-        both = self.text.encode([negative_prompt, *prompts])
-        uncond = Conditioning(both.tokens[:1]).repeat(len(prompts))
-        text = Conditioning(both.tokens[1:])
-        return Pair(text, Conditioning.cat([uncond, text])), ClassifierFree(plain, scale)
+        guided: Denoiser = plain
+        cond: Conditioning | Pair | None = None
+        if self.text is not None and scale == 1:
+            cond = self.text.encode(list(prompts))
+        elif self.text is not None:
+            both = self.text.encode([negative_prompt, *prompts])
+            uncond = Conditioning(both.tokens[:1]).repeat(len(prompts))
+            text = Conditioning(both.tokens[1:])
+            cond = Pair(text, Conditioning.cat([uncond, text]))
+            guided = ClassifierFree(plain, scale)
+        if with_variance:
+            guided = plain.with_variance
+        return partial(Static(guided) if self.autoencoder.is_identity else guided, cond=cond)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         multiple, downscale = self.size_multiple_px, self.autoencoder.downscale

@@ -126,6 +126,46 @@ _SPACINGS: Mapping[str, dict[str, Any]] = {
 }
 
 
+_DYNAMIC = {"thresholding": True, "sample_max_value": 1.0}  # of which nothing but a clip is left
+# Schedulers that DDPMPipeline draws with, and how they clip clean predictions to [-1, 1]. It scales
+# neither the start nor the network's input, which the others ask for, and hands `generator` to each
+# step, which UniPC does not take. DDIM's direction is that of before the clip.
+_CLIPPED: dict[str, dict[str, Any]] = {
+    "DDPMScheduler": {"clip_sample": True},
+    "DPMSolverMultistepScheduler": _DYNAMIC,
+    "DPMSolverSinglestepScheduler": _DYNAMIC,
+    "LCMScheduler": {"clip_sample": True},
+}
+
+
+def saved_scheduler(
+    schedule: ScheduleConfig,
+    prediction: str,
+    sampler: str,
+    spacing: str,
+    pipeline: str,
+    learned_variance: bool = False,
+) -> dict[str, Any]:
+    """The scheduler_config.json of a model: its default sampler's, if that pipeline can use it.
+
+    Args:
+        schedule: the forward process.
+        prediction: what the network says.
+        sampler: the model's default.
+        spacing: of its steps.
+        pipeline: diffusers' class: StableDiffusionPipeline | DDPMPipeline.
+        learned_variance: whether the network says the variance too, which of diffusers' schedulers
+            DDPM's alone takes from any model.
+    """
+    ancestral = scheduler_config(schedule, prediction, "ddpm", spacing)
+    config = scheduler_config(schedule, prediction, sampler, spacing)
+    if learned_variance:
+        config = {**ancestral, "variance_type": "learned_range"}
+    if pipeline == "DDPMPipeline":
+        config = _clipped(config) or _clipped(ancestral) or config
+    return config
+
+
 def scheduler_config(
     schedule: ScheduleConfig, prediction: str, sampler: str = "ddim", spacing: str = "trailing"
 ) -> dict[str, Any]:
@@ -268,3 +308,9 @@ def _read_betas(saved: Mapping[str, Any], count: int) -> ScheduleConfig:
         beta_start=saved.get("beta_start", 1e-4),
         beta_end=saved.get("beta_end", 0.02),
     )
+
+
+def _clipped(scheduler: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A scheduler's config for DDPMPipeline, clipping as we do; None where it cannot."""
+    options = _CLIPPED.get(scheduler["_class_name"])
+    return None if options is None else {**scheduler, **options}

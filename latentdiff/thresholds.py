@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from latentdiff.denoiser import Denoiser
@@ -19,14 +20,18 @@ class Static:
     """Clean predictions clipped to [-1, 1], as the code of DDPM does (Ho et al. 2020).
 
     Attributes:
-        denoise: any denoiser.
+        denoise: any denoiser; a learned variance's channels behind x's pass through as they are.
     """
 
     denoise: Denoiser
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
         """The expected clean sample [b, ...], in [-1, 1]."""
-        return self.denoise(x, sigma, cond).clamp(-1, 1)
+        denoised = self.denoise(x, sigma, cond)
+        if denoised.shape == x.shape:
+            return denoised.clamp(-1, 1)
+        clean, fraction = denoised.chunk(2, 1)
+        return torch.cat([clean.clamp(-1, 1), fraction], 1)
 
 
 @dataclass(frozen=True)

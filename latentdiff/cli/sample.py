@@ -32,6 +32,10 @@ def sample(
     sampler: Annotated[
         str | None, typer.Option(help="Name of a sampler. [default: the model's]")
     ] = None,
+    spacing: Annotated[
+        str | None,
+        typer.Option(help="Where the steps lie: trailing, karras... [default: the model's]"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same pictures.")] = 0,
     height: Annotated[int | None, typer.Option(help="In pixels. [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels. [default: the model's]")] = None,
@@ -60,6 +64,7 @@ def sample(
         steps=steps,
         guidance=guidance,
         sampler=sampler,
+        spacing=spacing,
         seed=seed,
         height=height,
         width=width,

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.denoiser import NetworkDenoiser
 from latentdiff.explain.colours import pixel_colours
 from latentdiff.grids import step_grid
-from latentdiff.guidance import ClassifierFree, Pair
 from latentdiff.pipeline import Pipeline
 from latentdiff.randomness import normal
 from latentdiff.samplers import EVALUATIONS, STOCHASTIC, Denoise, find_sampler
 from latentdiff.schedule import NoiseSchedule, Schedule
-from latentdiff.text import Conditioning
-from latentdiff.unet import as_network
 
 
 @dataclass(frozen=True)
@@ -82,18 +77,7 @@ class Lab:
 
     def denoiser(self, prompts: Sequence[str], scale: float) -> Denoise:
         """The model as `denoise(x, sigma) -> clean`, guided towards a prompt for each row of x."""
-        plain = NetworkDenoiser(
-            as_network(self.pipeline.unet), self.schedule, self.pipeline.prediction
-        )
-        text = self.pipeline.text
-        if text is None:
-            denoise: Denoise = partial(plain, cond=None)
-        elif scale == 1:
-            denoise = partial(plain, cond=text.encode(prompts))
-        else:
-            nothing, wanted = text.encode([""] * len(prompts)), text.encode(prompts)
-            pair = Pair(wanted, Conditioning.cat([nothing, wanted]))
-            denoise = partial(ClassifierFree(plain, scale), cond=pair)
+        denoise = self.pipeline.denoiser(prompts, scale=scale)
 
         def counted(x: Tensor, sigma: Tensor) -> Tensor:
             clean = denoise(x, sigma)

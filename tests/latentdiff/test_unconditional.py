@@ -312,3 +312,57 @@ def test_what_only_a_text_could_give_is_refused(
     error = capsys.readouterr().err
     assert f"error: {option} is given, but this model draws without text; leave it out" in error
     assert not out.exists()
+
+
+def test_a_learned_variance_is_saved_and_drawn_with(assets: Path, tmp_path: Path) -> None:
+    """Improved DDPM: six output channels, of which ddpm takes the last three for its noise."""
+    from diffusers import DDPMPipeline
+
+    run = tiny_run(
+        assets,
+        tmp_path,
+        # all timesteps are drawn: to a last step from another than t = 0 diffusers adds noise
+        schedule={"kind": "linear", "num_timesteps": 10, "beta_start": 1e-2, "beta_end": 0.5},
+        objective={"prediction": "epsilon", "learned_variance": True},
+    )
+    torch.manual_seed(0)
+    built = Pipeline.new(run)
+    torch.nn.init.normal_(built.unet.conv_out.weight, std=0.05)  # a variance that varies
+    built.save(tmp_path / "model")
+    model = Pipeline.load(tmp_path / "model")
+    assert model.learns_variance
+    description = json.loads((tmp_path / "model/scheduler/scheduler_config.json").read_text())
+    assert description["_class_name"] == "DDPMScheduler"
+    assert description["variance_type"] == "learned_range"
+
+    theirs: Any = DDPMPipeline.from_pretrained(str(tmp_path / "model"))
+    start = normal((3, SIZE_PX, SIZE_PX), 0, [0], "test")
+    sample = start.clone()
+    theirs.scheduler.set_timesteps(10)
+    steps = {int(t): i for i, t in enumerate(theirs.scheduler.timesteps)}
+    generator = torch.Generator()
+    for t in theirs.scheduler.timesteps:
+        with torch.no_grad():
+            output = theirs.unet(sample, t).sample
+        noise = normal((3, SIZE_PX, SIZE_PX), 0, [0], f"step-{steps[int(t)]}")
+        sample = _step_with(theirs.scheduler, output, t, sample, noise, generator)
+    (drawn,) = model.generate(latents=start, steps=10, sampler="ddpm", seed=0)
+    expected = (sample[0].clamp(-1, 1) + 1) / 2 * 255
+    found = torch.from_numpy(np.asarray(drawn).copy()).permute(2, 0, 1).float()
+    assert (found - expected).abs().max() < 1.01
+    fixed = model.generate(latents=start, steps=10, sampler="euler_ancestral", seed=0)[0]
+    assert np.abs(np.asarray(fixed, float) - np.asarray(drawn, float)).mean() > 1
+
+
+def _step_with(
+    scheduler: Any, output: torch.Tensor, t: Any, sample: torch.Tensor, noise: torch.Tensor, g: Any
+) -> torch.Tensor:
+    """Their step with our noise for theirs."""
+    from diffusers.schedulers import scheduling_ddpm
+
+    theirs = scheduling_ddpm.randn_tensor
+    try:
+        scheduling_ddpm.randn_tensor = lambda *_, **__: noise
+        return scheduler.step(output, t, sample, generator=g).prev_sample
+    finally:
+        scheduling_ddpm.randn_tensor = theirs
