@@ -20,8 +20,6 @@ from data_pipelines.config import DataConfig
 from latentdiff.configfile import load_config
 from latentdiff.configobjective import DiffusionObjectiveConfig
 from latentdiff.configschedule import ScaledLinearSchedule, ScheduleConfig
-from latentdiff.grids import SPACED_IN_T, check_spacing
-from latentdiff.samplers import find_sampler
 from vae.config import AutoencoderConfig, IdentityConfig, KLConfig, ObjectiveConfig
 
 if TYPE_CHECKING:
@@ -245,12 +243,16 @@ class SampleGridConfig(_Frozen):
     @field_validator("sampler")
     @classmethod
     def _known_sampler(cls, name: str) -> str:
+        from latentdiff.samplers import find_sampler  # torch, which most configs need not wait for
+
         find_sampler(name)
         return name
 
     @field_validator("spacing")
     @classmethod
     def _known_spacing(cls, name: str) -> str:
+        from latentdiff.grids import check_spacing
+
         check_spacing(name)
         return name
 
@@ -307,7 +309,11 @@ class DiffusionRun(_Run):
                 )
             return self
         self.objective.check_schedule(self.schedule.kind, self.schedule.ends_in_noise)
-        if self.schedule.kind == "edm" and self.samples.spacing in SPACED_IN_T:
+        if self.schedule.kind == "edm" and self.samples.spacing in (
+            "trailing",
+            "leading",
+            "linspace",
+        ):
             raise ValueError(
                 f"samples.spacing {self.samples.spacing} needs numbered timesteps, which "
                 "schedule.kind edm lacks; set samples.spacing: karras or exponential"

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from latentdiff.schedule import FlowSchedule, NoiseSchedule, Schedule
 
-SPACED_IN_T = ("trailing", "leading", "linspace")
 SPACINGS = (
-    *SPACED_IN_T,
+    "trailing",
+    "leading",
+    "linspace",
     "karras",
     "exponential",
     "log_snr",

@@ -54,7 +54,7 @@ def imports(tree: ast.Module) -> Iterator[str]:
 # Light imports
 
 
-@pytest.mark.parametrize("module", ["latentdiff", "latentdiff.cli"])
+@pytest.mark.parametrize("module", ["latentdiff", "latentdiff.cli", "latentdiff.config"])
 def test_import_is_light(run_python: Any, module: str) -> None:
     done = run_python("-c", f"import sys, {module}; print(*sys.modules, sep='\\n')")
     assert done.returncode == 0, done.stderr

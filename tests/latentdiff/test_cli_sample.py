@@ -71,6 +71,7 @@ def test_json_and_prompts_file(
     ("arguments", "message"),
     [
         (["--prompt", "x", "--sampler", "eulr"], "unknown sampler 'eulr'; known: ddpm, ddim,"),
+        (["--prompt", "x", "--spacing", "kerras"], "unknown spacing 'kerras'; known: trailing"),
         (["--prompt", "x", "--style", "cubist"], "this model knows: fluent 3d, fluent flat"),
         (["--prompt", "x", "--height", "30"], "height must be a positive multiple of 8 px; got 30"),
         (["--prompt", "x", "--dtype", "int8"], "unknown dtype 'int8'; known: float32"),
