@@ -186,9 +186,10 @@ def draw_icon(icon: Icon, size: int) -> tuple[bytes, int, int, str] | None:
     square = Image.new("RGBA", (side, side), "white")
     square.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     flat = square.convert("RGB")
-    if min(low for low, _ in flat.getextrema()) > 250:  # type: ignore[misc]  # RGB gives pairs
+    pixels = flat.tobytes()
+    if min(pixels) > 250:
         return None
-    digest = hashlib.sha256(flat.tobytes()).hexdigest()
+    digest = hashlib.sha256(pixels).hexdigest()
     data = io.BytesIO()
     flat.resize((size, size), Image.Resampling.LANCZOS).save(data, format="PNG", optimize=True)
     return data.getvalue(), width, height, digest

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     TypeAdapter,
@@ -17,6 +15,7 @@ from pydantic import (
 )
 
 from data_pipelines.config import DataConfig
+from latentdiff.configbase import Frozen
 from latentdiff.configfile import load_config
 from latentdiff.configobjective import DiffusionObjectiveConfig
 from latentdiff.configschedule import ScaledLinearSchedule, ScheduleConfig
@@ -26,11 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class OptimizerConfig(_Frozen):
+class OptimizerConfig(Frozen):
     """AdamW with linear warm-up, then constant, cosine or linear decay to `final_lr_ratio * lr`."""
 
     lr: float = Field(default=1e-4, gt=0)
@@ -43,13 +38,13 @@ class OptimizerConfig(_Frozen):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
 
 
-class EmaConfig(_Frozen):
+class EmaConfig(Frozen):
     """Average of the weights: decay min(decay, (1 + n) / (10 + n)) at update n."""
 
     decay: float = Field(default=0.9999, ge=0, lt=1)
 
 
-class LoopConfig(_Frozen):
+class LoopConfig(Frozen):
     """How long, how much at a time, and what is written how often (in optimiser steps).
 
     Attributes:
@@ -86,7 +81,7 @@ class LoopConfig(_Frozen):
         return self
 
 
-class _Run(_Frozen):
+class _Run(Frozen):
     """What all runs share.
 
     Attributes:
@@ -117,14 +112,14 @@ class AutoencoderRun(_Run):
     export: str | None = None
 
 
-class TokenizerConfig(_Frozen):
+class TokenizerConfig(Frozen):
     """A CLIP byte-pair vocabulary: an existing one, or one learned from the run's captions."""
 
     pretrained: str | None = None
     vocab_size: int = Field(default=8192, ge=514)
 
 
-class SmallTextConfig(_Frozen):
+class SmallTextConfig(Frozen):
     """A CLIP text tower of its own: new, or continued from `pretrained` (a run's export)."""
 
     kind: Literal["small"] = "small"
@@ -145,14 +140,14 @@ class SmallTextConfig(_Frozen):
         return self
 
 
-class CLIPTextConfig(_Frozen):
+class CLIPTextConfig(Frozen):
     """A transformers CLIP text tower: directory with text_encoder/ and tokenizer/, or hub id."""
 
     kind: Literal["clip"] = "clip"
     pretrained: str = "openai/clip-vit-large-patch14"
 
 
-class OpenCLIPTextConfig(_Frozen):
+class OpenCLIPTextConfig(Frozen):
     """An OpenCLIP text tower by name and weights (tag of open_clip, or a local file)."""
 
     kind: Literal["open_clip"] = "open_clip"
@@ -160,7 +155,7 @@ class OpenCLIPTextConfig(_Frozen):
     weights: str | None = "laion2b_s32b_b79k"
 
 
-class NoTextConfig(_Frozen):
+class NoTextConfig(Frozen):
     """Unconditional: no text at all (DDPM)."""
 
     kind: Literal["none"] = "none"
@@ -172,7 +167,7 @@ TextConfig = Annotated[
 ]
 
 
-class UNetConfig(_Frozen):
+class UNetConfig(Frozen):
     """Shape of diffusers' U-Nets; one entry a level, from the finest.
 
     With a text tower it is UNet2DConditionModel, whose cross-attention levels attend to themselves
@@ -216,7 +211,7 @@ class UNetConfig(_Frozen):
         return self
 
 
-class SampleGridConfig(_Frozen):
+class SampleGridConfig(Frozen):
     """The grid drawn from the EMA weights during the run; also the exported model's defaults.
 
     Attributes:
@@ -349,7 +344,7 @@ class DiffusionRun(_Run):
         return {name: value for name, value in values(self).items() if name not in left_out}
 
 
-class ImageTowerConfig(_Frozen):
+class ImageTowerConfig(Frozen):
     """The small convolutional image tower that the text tower is contrasted with."""
 
     channels: tuple[int, ...] = (32, 64, 128, 256)

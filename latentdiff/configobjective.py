@@ -4,34 +4,32 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from latentdiff.configbase import Frozen
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class UniformWeighting(_Frozen):
+class UniformWeighting(Frozen):
     """1 on the network's own error: L_simple (Ho et al. 2020, eq. 14)."""
 
     kind: Literal["uniform"] = "uniform"
 
 
-class MinSNRWeighting(_Frozen):
+class MinSNRWeighting(Frozen):
     """min(SNR, gamma) on the clean sample's error (Hang et al. 2023)."""
 
     kind: Literal["min_snr"] = "min_snr"
     gamma: float = Field(default=5.0, gt=0)
 
 
-class SoftMinSNRWeighting(_Frozen):
+class SoftMinSNRWeighting(Frozen):
     """gamma SNR / (gamma + SNR) on the clean sample's error (Crowson et al. 2024, HDiT)."""
 
     kind: Literal["soft_min_snr"] = "soft_min_snr"
     gamma: float = Field(default=4.0, gt=0)
 
 
-class P2Weighting(_Frozen):
+class P2Weighting(Frozen):
     """1 / (k + SNR)^gamma on epsilon's error (Choi et al. 2022)."""
 
     kind: Literal["p2"] = "p2"
@@ -39,7 +37,7 @@ class P2Weighting(_Frozen):
     k: float = Field(default=1.0, gt=0)
 
 
-class EDMWeighting(_Frozen):
+class EDMWeighting(Frozen):
     """1 / c_out^2 on the clean sample's error (Karras et al. 2022, table 1)."""
 
     kind: Literal["edm"] = "edm"
@@ -51,13 +49,13 @@ WeightingConfig = Annotated[
 ]
 
 
-class SquaredLoss(_Frozen):
+class SquaredLoss(Frozen):
     """e^2."""
 
     kind: Literal["mse"] = "mse"
 
 
-class HuberLoss(_Frozen):
+class HuberLoss(Frozen):
     """Pseudo-Huber 2 c (sqrt(e^2 + c^2) - c): e^2 for errors well below c, 2 c |e| well above."""
 
     kind: Literal["huber"] = "huber"
@@ -66,11 +64,16 @@ class HuberLoss(_Frozen):
 
 LossConfig = Annotated[SquaredLoss | HuberLoss, Field(discriminator="kind")]
 
-_PREDICTIONS = {"flow": ("flow", "sample"), "edm": ("edm",)}  # of the schedules without betas
+_WITHOUT_BETAS = {"flow": ("flow", "sample"), "edm": ("edm",)}  # of the schedules without betas
 _VLB_WEIGHT = 0.001  # lambda of Nichol & Dhariwal 2021, eq. 16
 
 
-class DiffusionObjectiveConfig(_Frozen):
+def named_predictions(kind: str) -> tuple[str, ...]:
+    """What a network may predict on that kind of schedule: what diffusers' format can say."""
+    return _WITHOUT_BETAS.get(kind, ("epsilon", "v", "sample"))
+
+
+class DiffusionObjectiveConfig(Frozen):
     """What the network predicts, and how timesteps, noise and errors count.
 
     Attributes:
@@ -138,7 +141,7 @@ class DiffusionObjectiveConfig(_Frozen):
                 f"schedule.kind {kind} does not have; choose a schedule of betas, such as cosine, "
                 "or set objective.learned_variance: false"
             )
-        known = _PREDICTIONS.get(kind, ("epsilon", "v", "sample"))
+        known = named_predictions(kind)
         if self.prediction not in known:
             raise ValueError(
                 f"objective.prediction {self.prediction} has no name beside schedule.kind {kind} "

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from latentdiff.configbase import Frozen
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _Discrete(_Frozen):
+class _Discrete(Frozen):
     num_timesteps: int = Field(default=1000, ge=2)
     zero_terminal_snr: bool = False
 
@@ -66,7 +64,7 @@ class SigmoidSchedule(_Discrete):
         return self
 
 
-class BetasSchedule(_Frozen):
+class BetasSchedule(Frozen):
     """Betas given one by one, as in a model trained elsewhere."""
 
     kind: Literal["betas"] = "betas"
@@ -83,7 +81,7 @@ class BetasSchedule(_Frozen):
         return self.betas[-1] == 1
 
 
-class FlowSchedule(_Frozen):
+class FlowSchedule(Frozen):
     """Straight lines from data to noise: flow matching.
 
     Attributes:
@@ -105,7 +103,7 @@ class FlowSchedule(_Frozen):
         return True
 
 
-class EDMSchedule(_Frozen):
+class EDMSchedule(Frozen):
     """Karras et al. 2022: sigma from `smallest` to `largest`, ln(sigma) normal in training."""
 
     kind: Literal["edm"] = "edm"

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from latentdiff.build import build_schedule
+from latentdiff.configobjective import named_predictions
 from latentdiff.configschedule import (
     BetaSigmoidSchedule,
     BetasSchedule,
@@ -174,15 +175,16 @@ def scheduler_config(
     Raises:
         ValueError: diffusers has no name for the prediction on that schedule.
     """
-    if isinstance(schedule, EDMSchedule):
-        return _edm_config(schedule, prediction, sampler)
-    if isinstance(schedule, FlowSchedule):
-        return _flow_config(schedule, prediction, sampler)
-    if prediction not in ("epsilon", "v", "sample"):
+    known = named_predictions(schedule.kind)
+    if prediction not in known:
         raise ValueError(
             f"prediction {prediction} on schedule {schedule.kind} has no name in diffusers' "
-            "format; use epsilon, v or sample"
+            f"format; use {' or '.join(known)}"
         )
+    if isinstance(schedule, EDMSchedule):
+        return _edm_config(schedule, sampler)
+    if isinstance(schedule, FlowSchedule):
+        return _flow_config(schedule, prediction, sampler)
     theirs = SCHEDULERS[sampler]
     return {
         "_class_name": theirs.class_name,
@@ -211,10 +213,6 @@ def _betas_config(schedule: ScheduleConfig) -> dict[str, Any]:
 
 def _flow_config(schedule: FlowSchedule, prediction: str, sampler: str) -> dict[str, Any]:
     """Only the multistep solvers of diffusers take flow models in its Stable Diffusion pipeline."""
-    if prediction not in ("flow", "epsilon", "sample"):
-        raise ValueError(
-            f"prediction {prediction} on schedule flow has no name in diffusers' format; use flow"
-        )
     theirs = SCHEDULERS[sampler if sampler in ("dpmpp_2m", "dpmpp_3m", "unipc") else "dpmpp_2m"]
     return {
         "_class_name": theirs.class_name,
@@ -227,11 +225,7 @@ def _flow_config(schedule: FlowSchedule, prediction: str, sampler: str) -> dict[
     }
 
 
-def _edm_config(schedule: EDMSchedule, prediction: str, sampler: str) -> dict[str, Any]:
-    if prediction != "edm":
-        raise ValueError(
-            f"prediction {prediction} on schedule edm has no name in diffusers' format; use edm"
-        )
+def _edm_config(schedule: EDMSchedule, sampler: str) -> dict[str, Any]:
     one_step = sampler in ("euler", "ddim")
     return {
         "_class_name": "EDMEulerScheduler" if one_step else "EDMDPMSolverMultistepScheduler",

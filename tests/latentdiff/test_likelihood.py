@@ -151,7 +151,9 @@ def test_clamping_helps_a_model_that_leaves_the_range() -> None:
     clean = torch.ones(2, 3, 4, 4).double()
 
     def bits(clamp: float | None) -> Tensor:
-        network = lambda noisy, t: torch.full_like(noisy, 1.5)  # noqa: E731
+        def network(noisy: Tensor, t: Tensor) -> Tensor:
+            return torch.full_like(noisy, 1.5)
+
         return bits_per_dim(network, schedule, "sample", clean, signs, clamp=clamp).total
 
     assert (bits(1.0) < bits(None)).all()
@@ -290,7 +292,10 @@ def test_learned_variance_is_diffusers_learned_range() -> None:
 def test_the_loss_is_the_sum_of_the_terms() -> None:
     schedule, clean = linear(20), STD * draw(1, 7).expand(20, 7)
     network = exact_network(schedule, True)
-    noise = lambda like, t: draw(*like.shape, seed=t)  # noqa: E731
+
+    def noise(like: Tensor, t: int) -> Tensor:
+        return draw(*like.shape, seed=t)
+
     bound = bits_per_dim(network, schedule, "v", clean[:1], noise, bins=None)
     t = torch.arange(20)
     noisy = schedule.add_noise(clean, torch.cat([noise(clean[:1], i) for i in range(20)]), t)

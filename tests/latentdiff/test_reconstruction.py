@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from data_pipelines.config import DataConfig
@@ -151,8 +152,8 @@ def test_pngs_carry_their_story_and_the_same_bytes(tmp_path: Path) -> None:
         save_png(image, tmp_path / name, story)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as back:
-        texts: Any = getattr(back, "text")  # noqa: B009 - PNG's own attribute
-        assert {name: str(text) for name, text in texts.items()} == {
+        assert isinstance(back, PngImageFile)
+        assert {name: str(text) for name, text in back.text.items()} == {
             "prompt": "rote Äpfel 🍎",
             "seed": "3",
         }
