@@ -83,6 +83,10 @@ class TextEncoder(nn.Module):
         """Prompts -> conditioning, on the tower's device."""
         return self(self.tokenize(prompts).to(self.model.device))
 
+    def encode_ids(self, token_ids: Tensor) -> Conditioning:
+        """Ids of `tokenize`, of any integer type and on any device [b, n] -> conditioning."""
+        return self(token_ids.to(self.model.device, torch.int64, non_blocking=True))
+
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer/` and `text_encoder/` below `directory`."""
         words = Path(directory) / "tokenizer"
@@ -170,7 +174,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, context_length: in
     learner = Tokenizer(models.BPE(end_of_word_suffix=word_end))
     learner.normalizer, learner.pre_tokenizer = like.normalizer, like.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    num_symbols = 2 * len(alphabet) + 2
+    ends = [a + word_end for a in alphabet]
+    num_symbols = len(alphabet) + len(ends) + 2
     if vocab_size < num_symbols:
         raise ValueError(
             f"vocab_size must be at least {num_symbols} (bytes and ends); got {vocab_size}"
@@ -178,6 +183,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, context_length: in
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2,
         initial_alphabet=alphabet,
+        # otherwise numbered as a hash table has them, and pairs of one frequency are merged in the
+        # order of these numbers: another vocabulary in every process
+        special_tokens=ends,
         end_of_word_suffix=word_end,
         show_progress=False,
     )
@@ -185,7 +193,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, context_length: in
     learned = json.loads(learner.to_str())["model"]["merges"]
     merges = [tuple(m) for m in learned[: vocab_size - num_symbols]]
     # CLIP's layout: bytes, bytes that end a word, merges in order, the two special tokens.
-    symbols = [*alphabet, *(a + word_end for a in alphabet)]
+    symbols = [*alphabet, *ends]
     symbols += list(dict.fromkeys(a + b for a, b in merges))
     symbols = list(dict.fromkeys(symbols))
     vocab = {symbol: i for i, symbol in enumerate([*symbols, begin, end])}
