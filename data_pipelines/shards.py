@@ -1,21 +1,20 @@
-"""How are image-caption pairs written to webdataset tars, and how are tars named and read?"""
+"""How are image-caption pairs written to webdataset tars, and read back one by one?"""
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp")  # as headers.ALLOWED_FORMATS
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Sample:
         key: name inside the shard; `/` makes folders, a dot is not allowed (webdataset cuts a name
             at its first dot).
         image: the encoded image, stored as it is.
-        extension: the encoding of `image`: png, jpg, jpeg or webp.
+        extension: the encoding of `image`: one of IMAGE_EXTENSIONS.
         caption: stored as `.txt`.
         metadata: stored as compact `.json`.
     """
@@ -152,50 +151,6 @@ def read_shard(path: str | Path) -> Iterator[dict[str, Any]]:
         ) from error
     if sample:
         yield sample
-
-
-def expand_shards(patterns: str | Sequence[str]) -> list[str]:
-    """Turn shard names with `{000..003}` braces and `*` globs into the list of files.
-
-    Args:
-        patterns: one pattern or several; a folder stands for the tars in it.
-
-    Returns:
-        The paths, sorted within a pattern, each once.
-
-    Raises:
-        ValueError: a pattern matches nothing, or there is no pattern.
-    """
-    import braceexpand
-
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not patterns:
-        raise ValueError(
-            "no shards named; give at least one path, such as data/train-{000000..000003}.tar"
-        )
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        path = os.path.expanduser(pattern)
-        try:
-            names = [path] if os.path.exists(path) else list(braceexpand.braceexpand(path))
-        except ValueError:
-            raise ValueError(
-                f"unbalanced braces in {pattern!r}; write them as in train-{{000000..000003}}.tar"
-            ) from None
-        for name in names:
-            if os.path.isfile(name):
-                matches = [name]
-            elif os.path.isdir(name):
-                matches = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-            else:
-                matches = sorted(path for path in glob.glob(name) if os.path.isfile(path))
-            if not matches:
-                raise ValueError(
-                    f"no shard matches {name!r}; "
-                    f"expected a tar, a folder of tars, or a glob that finds some"
-                )
-            found.update(dict.fromkeys(matches))
-    return list(found)
 
 
 class _OpenShards:

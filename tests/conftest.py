@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,9 +26,11 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def assets() -> Path:
-    """tests/assets: small real data."""
-    return REPOSITORY / "tests" / "assets"
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of tests/assets, small real data: an index may be written beside its tars."""
+    copy = tmp_path_factory.mktemp("data") / "assets"
+    shutil.copytree(REPOSITORY / "tests" / "assets", copy)
+    return copy
 
 
 @pytest.fixture
