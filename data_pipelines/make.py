@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,14 +14,14 @@ from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any
 
+from data_pipelines.ledger import BadSample
 from data_pipelines.shards import Sample, ShardInfo, write_shards
 
-FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # Pillow's name -> extension in the shard
+FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # those that others read -> extension
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 OTHER_IMAGE_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 _BATCH = 64  # images decoded together
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # as Pillow's decoders say it
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def make_shards(
     object with the caption under `caption_column` and any metadata (with both, the .txt is the
     caption). A CSV, TSV, JSONL or Parquet table has one pair a row; the paths of its images start
     at the table's folder; its other columns become metadata. The metadata also gets the image's
-    `width` and `height` in pixels, unless it has them.
+    `width` and `height` in pixels, as it is displayed, unless it has them.
 
     Images are decoded to see that they can be, and stored with their bytes unchanged. A key is the
     image's path without its ending; dots in it become underscores, and a key that is taken gets a
@@ -131,7 +129,7 @@ def _samples(
     num_done = 0
     with ThreadPoolExecutor(
         os.cpu_count()
-    ) as pool:  # Pillow decodes outside the interpreter's lock
+    ) as pool:  # decoding is done outside the interpreter's lock
         while batch := list(islice(iterator, _BATCH)):
             for sample in pool.map(_load, batch):
                 num_done += 1
@@ -148,24 +146,23 @@ def _load(pair: Pair) -> Sample | str:
     """The sample of a pair, or why there is none."""
     if pair.problem:
         return pair.problem
-    from PIL import Image, UnidentifiedImageError
+    from data_pipelines.decode import decode_image
+    from data_pipelines.headers import image_info
 
+    name = str(pair.image)
     try:
         data = pair.image.read_bytes()
     except OSError as error:
         return f"{pair.image} cannot be read ({error.strerror}); check the path and its permissions"
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            encoding, (width, height) = image.format, image.size
-    except UnidentifiedImageError:
-        return f"{pair.image} is not a readable image (of no known format); replace or remove it"
-    except (*_DAMAGED, Image.DecompressionBombError) as error:
-        return f"{pair.image} is not a readable image ({error}); replace or remove it"
-    if encoding not in FORMATS:
-        return f"{pair.image} is {encoding}; expected {', '.join(FORMATS)}: convert it"
-    metadata = {"width": width, "height": height, **(pair.metadata or {})}
-    return Sample(pair.key, data, FORMATS[encoding], pair.caption, metadata)
+        info = image_info(data, name)
+        decode_image(data, name, at_least=(1, 1))  # all of its data is read, few pixels are made
+    except BadSample as error:
+        return f"{error}; replace or remove it"
+    if info.format not in FORMATS:
+        return f"{name} is {info.format}; expected {', '.join(FORMATS)}: convert it"
+    metadata = {"width": info.width, "height": info.height, **(pair.metadata or {})}
+    return Sample(pair.key, data, FORMATS[info.format], pair.caption, metadata)
 
 
 def _unique(sample: Sample, keys: set[str]) -> Sample:

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.decode import decode_image
+from data_pipelines.decode import open_image
 from data_pipelines.shards import IMAGE_EXTENSIONS, read_shard
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _picture(sample: dict[str, Any], cell_px: int) -> Image.Image:
         raise ValueError(
             f"{place} has no image; it holds {known}; expected one of {', '.join(IMAGE_EXTENSIONS)}"
         )
-    picture = decode_image(data, place)
+    picture = open_image(data, place)
     picture.thumbnail((cell_px, cell_px))
     return picture
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from data_pipelines.decode import decode_image
-from data_pipelines.transforms import resize_square, to_tensor
+from data_pipelines.transforms import fit, to_float
 from latentdiff.pipeline import Pipeline
 
 DEFAULT_PROMPT = "a parrot, noto"
@@ -74,7 +75,7 @@ def read_subject(pipeline: Pipeline, picture: Path | None, caption: str | None) 
 
     Args:
         pipeline: the model.
-        picture: PNG, JPEG or WebP; None for the shipped one.
+        picture: JPEG, PNG, WebP, GIF or BMP; None for the shipped one.
         caption: None for the shipped picture's own, or for none.
 
     Raises:
@@ -82,10 +83,11 @@ def read_subject(pipeline: Pipeline, picture: Path | None, caption: str | None) 
         OSError: it is not there.
     """
     path = DEFAULT_PICTURE if picture is None else picture
-    image = decode_image(path.read_bytes(), str(path))
+    pixels = decode_image(path.read_bytes(), str(path)).pixels
+    shape = (pipeline.default_size_px, pipeline.default_size_px)
     known = DEFAULT_CAPTION if picture is None and pipeline.text is not None else ""
     return Subject(
-        to_tensor(resize_square(image, pipeline.default_size_px, (0.5, 0.5))),
+        to_float(torch.from_numpy(fit(pixels, shape)).unsqueeze(0)).squeeze(0),
         "a hamster (Fluent Emoji)" if picture is None else path.name,
         known if caption is None else caption,
         picture is None,

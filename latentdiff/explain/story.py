@@ -41,7 +41,7 @@ def explain(
         out: directory; files of other names in it stay. After an error nothing in it has changed.
         pipeline: the model.
         prompt: what it draws; default: DEFAULT_PROMPT.
-        picture: PNG, JPEG or WebP to take apart; default: the one that comes with the package.
+        picture: JPEG, PNG, WebP, GIF or BMP to take apart; default: the one in the package.
         caption: what that picture shows; default: unknown, but for the shipped one.
         seed: of all noise.
         plan: how much; default: all of it.

@@ -177,12 +177,12 @@ def test_bad_pairs_are_counted_and_named(tmp_path: Path) -> None:
     made = make_shards(damaged_folder(tmp_path), tmp_path / "out", skip_bad=True)
     assert list(content(made)) == ["a"]
     expected = [
-        r"b.png is not a readable image",
+        r"b.png: not a readable picture",
         r"c.png has no caption; write one into c.txt, or into c.json under 'caption'",
         r"d.bmp: expected .png, .jpg, .jpeg, .webp; convert it",
         r"e.png has no caption",
         r"f.json is not a JSON object",
-        r"g.webp is not a readable image",
+        r"g.webp: not a readable picture (of no known format)",
     ]
     assert len(made.skipped) == len(expected)
     for reason, part in zip(made.skipped, expected, strict=True):
@@ -192,7 +192,7 @@ def test_bad_pairs_are_counted_and_named(tmp_path: Path) -> None:
 def test_a_bad_pair_stops_the_work_and_leaves_nothing(tmp_path: Path) -> None:
     src = damaged_folder(tmp_path)
     with pytest.raises(
-        ValueError, match=r"b\.png is not a readable image .*; replace or remove it"
+        ValueError, match=r"b\.png: not a readable picture .*; replace or remove it"
     ):
         make_shards(src, tmp_path / "out", max_count=1)
     assert [path.name for path in tmp_path.iterdir()] == ["src"]

@@ -331,7 +331,7 @@ def test_command_prints_the_page(
     ("arguments", "message"),
     [
         (["--image", "nowhere.png"], "nowhere.png: No such file"),
-        (["--image", "{text}"], "not a readable picture (of no known format); expected PNG"),
+        (["--image", "{text}"], "not a readable picture (of no known format); expected JPEG"),
         (["--out", "{text}"], "note.txt is a file; expected a directory, which may be new"),
         (["--model", "{missing}"], "not found"),
         (["--device", "abacus"], "device 'abacus' is unknown"),
