@@ -1,301 +1,552 @@
-"""Does the index find each payload at its place, and is every broken tar told apart?"""
+"""Does the index find each payload at its place, account for every sample, and survive a kill?"""
 
 from __future__ import annotations
 
 import io
+import json
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
 import tarfile
-from collections.abc import Callable, Mapping
+import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from faultserver import FaultServer
+from PIL import Image
+from tars import DAMAGES, five, headers, png, tar_bytes
 
-from data_pipelines.index import scan
-from data_pipelines.shards import Sample, expand_shards, read_shard, write_shards
-
-BLOCK = 512
-THREE = {
-    f"{key}.{extension}": f"{key} {extension} ".encode() * size
-    for key in ("a", "b", "c")
-    for extension, size in (("json", 1), ("png", 200), ("txt", 3))
-}
-
-
-def write_tar(path: Path, members: Mapping[str, bytes] | list[tuple[str, bytes]]) -> str:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, payload in members.items() if isinstance(members, Mapping) else members:
-            info = tarfile.TarInfo(name)
-            info.size = len(payload)
-            tar.addfile(info, io.BytesIO(payload))
-    return str(path)
+from data_pipelines import index as module
+from data_pipelines.config import StorageConfig
+from data_pipelines.index import MANIFEST, IndexedShards, ShardFault, index_shards, open_index
+from data_pipelines.manifest import Entry, merge_manifest
+from data_pipelines.samples import read_samples
+from data_pipelines.shards import read_shard
+from data_pipelines.sidecar import read_summary, read_table, sidecar_name
+from data_pipelines.storage import Storage, expand_shards
+from data_pipelines.tarscan import scan_tar
 
 
-def headers(path: str) -> list[int]:
-    """Byte offsets of all headers."""
-    with tarfile.open(path) as tar:
-        return [info.offset for info in tar]
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(StorageConfig(cache_dir=str(tmp_path / "cache"), deadline_s=5, retries=1))
 
 
-# Whole tars
+@pytest.fixture
+def shards(tmp_path: Path) -> list[str]:
+    """Three tars of five samples."""
+    (tmp_path / "data").mkdir()
+    urls = [str(tmp_path / "data" / f"t-{i}.tar") for i in range(3)]
+    for number, url in enumerate(urls):
+        members = [(f"{number}{name}", data) for name, data in five()]
+        Path(url).write_bytes(tar_bytes(members))
+    return urls
 
 
-def test_offsets_read_back_the_exact_payloads(assets: Path) -> None:
-    shards = expand_shards(str(assets / "*.tar"))
-    index = scan(shards)
-    expected = [(shard, sample) for shard in shards for sample in read_shard(shard)]
-    assert len(index.samples) == len(expected) == 201
-    for entry, (shard, sample) in zip(index.samples, expected, strict=True):
-        assert (entry.shard, entry.key) == (shard, sample.pop("__key__"))
-        assert {extension: entry.read(extension) for extension in entry.members} == sample
-        assert entry.image_extension == "png"
-        assert entry.metadata()["key"] == entry.key
+def rows(shards: IndexedShards, shard: int = 0) -> list[dict]:
+    return read_table(shards.sidecars[shard]).to_pylist()
 
 
-def test_long_foreign_and_nested_names(tmp_path: Path) -> None:
-    keys = ["日本/猫", "x" * 150, "a/" * 120 + "end"]
-    samples = [Sample(key, key.encode(), "webp", f"caption of {key}") for key in keys]
-    (info,) = write_shards(samples, tmp_path, "t")
-    index = scan([str(info.path)])
-    assert [entry.key for entry in index.samples] == keys
-    for entry in index.samples:
-        assert entry.read("webp").decode() == entry.key
-        assert entry.read("txt").decode() == f"caption of {entry.key}"
+def member(row: dict, tar: bytes, *extensions: str) -> bytes:
+    place = next(i for i, extension in enumerate(row["extensions"]) if extension in extensions)
+    return tar[row["offsets"][place] :][: row["sizes"][place]]
 
 
-def test_only_files_count_and_extensions_are_lower_case(tmp_path: Path) -> None:
+# What a sidecar says
+
+
+def test_every_payload_is_where_the_index_says(assets: Path) -> None:
+    urls = expand_shards(str(assets / "*.tar"))
+    report = index_shards(urls)
+    found = report.shards
+    assert (found.urls, found.bad, report.faults, report.failed) == (tuple(urls), {}, (), ())
+    assert found.num_rows.tolist() == found.num_samples.tolist() == [64, 64, 43, 30]
+    assert found.num_bytes.tolist() == [os.path.getsize(url) for url in urls]
+    for shard, url in enumerate(urls):
+        tar = Path(url).read_bytes()
+        for row, sample in zip(rows(found, shard), read_shard(url), strict=True):
+            assert row["key"] == sample.pop("__key__")
+            assert {e: member(row, tar, e) for e in row["extensions"]} == sample
+            assert (row["format"], row["width"], row["height"]) == ("PNG", 64, 64)
+            assert row["caption"] == sample["txt"].decode() and row["fault"] is None
+            metadata = json.loads(sample["json"])
+            assert row["style"] == metadata["style"] and row["skin_tone"] is False
+            assert json.loads(row["captions"]) == metadata["captions"]
+
+
+def test_picture_sizes_are_those_on_the_screen(tmp_path: Path) -> None:
+    members = []
+    for number, (format, extension, orientation) in enumerate(
+        [("JPEG", "jpg", 6), ("JPEG", "jpeg", 1), ("PNG", "png", 8), ("WEBP", "webp", 5),
+         ("PNG", "jpg", 1), ("JPEG", "JPG", 3)]
+    ):  # fmt: skip
+        exif, stream = Image.Exif(), io.BytesIO()
+        exif[0x0112] = orientation
+        Image.new("RGB", (40, 30)).save(stream, format=format, exif=exif)
+        members += [(f"{number}.{extension}", stream.getvalue()), (f"{number}.txt", b"x")]
     path = tmp_path / "x.tar"
-    with tarfile.open(path, "w") as tar:
-        folder = tarfile.TarInfo("d")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for name in ("d/a.b.JPG", "d/a.TXT", "d/a.jpg"):
-            info = tarfile.TarInfo(name)
-            info.size = 2
-            tar.addfile(info, io.BytesIO(b"hi"))
-        link = tarfile.TarInfo("d/a.json")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    (entry,) = scan([str(path)]).samples
-    assert (entry.key, set(entry.members)) == ("d/a", {"b.jpg", "txt", "jpg"})
-    assert entry.metadata() == {}
-
-
-def test_where_lets_in_what_matches(assets: Path) -> None:
-    shards = expand_shards(str(assets / "train-*.tar"))
-    every = scan(shards).samples
-    where = {"style": ("fluent-3d", "fluent-flat"), "skin_tone": (False,)}
-    some = scan(shards, where).samples
-    assert [e.key for e in some] == [
-        e.key for e in every if e.metadata()["style"] in where["style"]
+    path.write_bytes(tar_bytes(members))
+    found = rows(open_index([str(path)]))
+    assert [(row["format"], row["width"], row["height"]) for row in found] == [
+        ("JPEG", 30, 40),
+        ("JPEG", 40, 30),
+        ("PNG", 30, 40),
+        ("WEBP", 30, 40),
+        ("PNG", 40, 30),  # by content, not by name
+        ("JPEG", 40, 30),
     ]
-    assert 0 < len(some) < len(every)
-    with pytest.raises(
-        ValueError,
-        match=r"no sample in 3 shard\(s\) matches where=\{'style': \('oil',\)\}; expected at least",
-    ):
-        scan(shards, {"style": ("oil",)})
-    with pytest.raises(ValueError, match="no sample in 3"):
-        scan(shards, {"no such field": (1,)})
 
 
-def test_the_fingerprint_names_the_data(tmp_path: Path, assets: Path) -> None:
-    for folder in ("one", "two", "three"):
-        (tmp_path / folder).mkdir()
-    one = scan([write_tar(tmp_path / "one" / "x.tar", THREE)]).fingerprint
-    assert scan([write_tar(tmp_path / "two" / "x.tar", THREE)]).fingerprint == one
-    changed = {**THREE, "b.txt": b"longer than it was before"}
-    assert scan([write_tar(tmp_path / "three" / "x.tar", changed)]).fingerprint != one
-    renamed = {name.replace("c.", "d."): payload for name, payload in THREE.items()}
-    assert scan([write_tar(tmp_path / "three" / "x.tar", renamed)]).fingerprint != one
-    assert scan([write_tar(tmp_path / "three" / "y.tar", THREE)]).fingerprint != one
-    shards = expand_shards(str(assets / "train-*.tar"))
-    assert scan(shards[::-1]).fingerprint != scan(shards).fingerprint
-
-
-# Broken tars
-
-
-def cut_in_header(data: bytearray, at: list[int]) -> None:
-    del data[at[4] + 100 :]
-
-
-def cut_at_a_members_edge(data: bytearray, at: list[int]) -> None:
-    del data[at[4] :]
-
-
-def cut_at_the_end_mark(data: bytearray, at: list[int]) -> None:
-    del data[at[8] + 2 * BLOCK :]
-
-
-def cut_in_payload(data: bytearray, at: list[int]) -> None:
-    del data[at[4] + BLOCK + 100 :]
-
-
-def cut_in_padding(data: bytearray, at: list[int]) -> None:
-    del data[at[5] - 1 :]
-
-
-def flipped_first_header(data: bytearray, at: list[int]) -> None:
-    data[at[0]] ^= 1
-
-
-def flipped_middle_header(data: bytearray, at: list[int]) -> None:
-    data[at[4] + 3] ^= 1
-
-
-def flipped_last_header(data: bytearray, at: list[int]) -> None:
-    data[at[8] + 130] ^= 64
-
-
-def zeroed_header(data: bytearray, at: list[int]) -> None:
-    data[at[4] : at[4] + BLOCK] = bytes(BLOCK)
-
-
-def zeroed_first_header(data: bytearray, at: list[int]) -> None:
-    data[at[0] : at[0] + BLOCK] = bytes(BLOCK)
-
-
-def huge_size(data: bytearray, at: list[int]) -> None:
-    info = tarfile.TarInfo("b.png")
-    info.size = 2**33 - 1
-    data[at[4] : at[4] + BLOCK] = info.tobuf(tarfile.USTAR_FORMAT)
-
-
-def html_instead(data: bytearray, at: list[int]) -> None:
-    data[:] = b"<!DOCTYPE html><html><body>404 Not Found</body></html>\n" * 40
-
-
-def empty(data: bytearray, at: list[int]) -> None:
-    data.clear()
-
-
-def garbage_at_the_end(data: bytearray, at: list[int]) -> None:
-    data[-1] = 1
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (cut_in_header, r"has a broken header before its end at byte 5120; write it again"),
-        (cut_at_a_members_edge, r"is cut: its end mark is missing at byte 5120; write it again"),
-        (cut_at_the_end_mark, r"is cut: its end mark is missing at byte \d+; write it again"),
-        (cut_in_payload, r"is not a readable tar \(unexpected end of data\); write it again"),
-        (cut_in_padding, r"is not a readable tar \(unexpected end of data\)"),
-        (flipped_first_header, r"is not a readable tar \(.*\); write it again"),
-        (flipped_middle_header, r"has a broken header before its end at byte 5120"),
-        (flipped_last_header, r"has a broken header before its end at byte \d+"),
-        (zeroed_header, r"has a broken header before its end at byte 5120"),
-        (zeroed_first_header, r"has a broken header before its end at byte 0"),
-        (huge_size, r"is not a readable tar \(unexpected end of data\)"),
-        (html_instead, r"is not a readable tar"),
-        (empty, r"is not a readable tar \(empty file\)"),
-        (garbage_at_the_end, r"has a broken header before its end"),
-    ],
-    ids=lambda value: value.__name__ if callable(value) else "",
-)
-def test_broken_tars(
-    tmp_path: Path, damage: Callable[[bytearray, list[int]], None], message: str
-) -> None:
-    whole = write_tar(tmp_path / "whole.tar", THREE)
-    data = bytearray(Path(whole).read_bytes())
-    damage(data, headers(whole))
+def test_captions_and_languages(tmp_path: Path) -> None:
+    samples = [
+        ({"caption": "of the json", "language": "de"}, b"of the txt"),
+        ({"caption": "alone", "LANGUAGE": "fr", "lang": "en"}, None),
+        ({"lang": "ja", "language": 7}, b""),
+        ({"caption": 7}, None),
+        ({"caption": None}, None),
+        ({"caption": "x" * 70_000}, None),
+        ({}, "\ufeffwith a mark".encode()),
+    ]
+    members = []
+    for i, (metadata, text) in enumerate(samples):
+        members += [(f"{i}.png", png(0)), (f"{i}.json", json.dumps(metadata).encode())]
+        members += [] if text is None else [(f"{i}.txt", text)]
     path = tmp_path / "x.tar"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=rf"x\.tar {message}"):
-        scan([whole, str(path)])
+    path.write_bytes(tar_bytes(members))
+    found = rows(open_index([str(path)]))
+    assert [(row["caption"], row["language"], row["fault"]) for row in found] == [
+        ("of the txt", "de", None),
+        ("alone", "en", None),
+        ("", "ja", None),  # an empty caption is one
+        (None, None, "bad caption"),
+        (None, None, "no caption"),
+        (None, None, "too large"),
+        ("with a mark", None, None),
+    ]
+    assert found[3]["fault_detail"] == "3: expected a text; got a int"
 
 
-def test_no_flipped_bit_in_a_header_gives_another_index(tmp_path: Path) -> None:
-    whole = write_tar(tmp_path / "whole.tar", THREE)
-    data, path = Path(whole).read_bytes(), tmp_path / "x.tar"
-
-    def entries(shard: str) -> list[tuple[str, dict]]:
-        return [(entry.key, dict(entry.members)) for entry in scan([shard]).samples]
-
-    expected, detected = entries(whole), 0
-    for start in headers(whole):
-        for offset in range(start, start + BLOCK, 5):
-            flipped = bytearray(data)
-            flipped[offset] ^= 1 << offset % 8
-            path.write_bytes(flipped)
-            try:
-                assert entries(str(path)) == expected, offset
-            except ValueError:
-                detected += 1
-    assert detected > 800  # all but bytes that tar itself ignores
+def test_members_that_belong_to_no_sample(tmp_path: Path) -> None:
+    members = [("README", b"x"), (".DS_Store", b"x"), ("a/._1.png", b"x"), ("__info__.json", b"{")]
+    members += [("a/1.PNG", png(1)), ("a/1.seg.png", b"a mask"), ("a/1.TXT", b"one")]
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar_bytes(members))
+    (row,) = rows(open_index([str(path)]))
+    assert (row["key"], row["extensions"]) == ("a/1", ["png", "seg.png", "txt"])
+    assert row["fault"] is None
 
 
-def test_no_cut_gives_another_index(tmp_path: Path) -> None:
-    whole = write_tar(tmp_path / "whole.tar", THREE)
-    data, path = Path(whole).read_bytes(), tmp_path / "x.tar"
-    end = headers(whole)[-1] + 2 * BLOCK  # of the last payload
-    for size in range(0, end + 2 * BLOCK, 61):
-        path.write_bytes(data[:size])
-        with pytest.raises(ValueError, match=r"x\.tar .*; write it again"):
-            scan([str(path)])
-    path.write_bytes(data[: end + 2 * BLOCK])  # the end mark without its padding
-    assert len(scan([str(path)]).samples) == 3
+def latents(shape: tuple[int, ...] = (1, 2, 4, 3, 5), dtype: str = "float16") -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.zeros(shape, dtype))
+    return stream.getvalue()
 
 
-def test_a_missing_shard(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        scan([str(tmp_path / "nowhere.tar")])
+def test_latents_stand_for_the_picture(tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "pwned",)
+
+    objects = io.BytesIO()
+    np.save(objects, np.array([Touch()], dtype=object), allow_pickle=True)
+    size = {"width": 40, "height": 24}
+    cases = [
+        (latents(), size, None),
+        (latents()[:-1], size, r"0\.latents|1\.latents\.npy: \d+ bytes; expected \d+"),
+        (b"no array", size, "not a .npy file"),
+        (objects.getvalue(), size, "expected numbers; got object"),
+        (pickle.dumps(Touch()), size, "not a .npy file"),
+        (latents(), {"width": 40}, "expected width and height in the .json; got"),
+        (latents(), {"width": "40", "height": 24}, "expected width and height"),
+    ]
+    members = []
+    for i, (data, metadata, _) in enumerate(cases):
+        members += [(f"{i}.latents.npy", data), (f"{i}.txt", b"x")]
+        members += [(f"{i}.json", json.dumps(metadata).encode())]
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar_bytes(members))
+    found = rows(open_index([str(path)]))
+    assert (found[0]["format"], found[0]["width"], found[0]["height"]) == ("latents", 40, 24)
+    for row, (_, _, message) in zip(found[1:], cases[1:], strict=True):
+        assert row["fault"] == "bad latents"
+        assert message is not None and re.search(message, row["fault_detail"])
+    assert not (tmp_path / "pwned").exists()
 
 
-# Samples that are not whole
+# Damage
 
 
-def test_a_sample_without_a_picture(tmp_path: Path) -> None:
-    members = {name: payload for name, payload in THREE.items() if name != "b.png"}
-    path = write_tar(tmp_path / "x.tar", members)
-    with pytest.raises(
-        ValueError, match=r"x\.tar: sample b has no picture; found \['json', 'txt'\]"
-    ):
-        scan([path])
+@pytest.mark.parametrize("position", [0, 2, 4])
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_counted_exactly_and_pairs_nothing_wrong(
+    tmp_path: Path, kind: str, position: int
+) -> None:
+    damage = DAMAGES[kind]
+    before, tar = damage.apply(position)
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar)
+    report = index_shards([str(path)], workers=1)
+    found = report.shards
+    assert found.num_samples.tolist() == [damage.num_usable(position)]
+    assert found.bad == damage.bad_at(position)
+    assert found.num_rows.sum() == found.num_samples.sum() + sum(found.bad.values())
+    if damage.is_seen is not None:
+        assert bool(report.faults) == damage.is_seen
+    contents = dict(before)
+    keys = []
+    for row in rows(found):
+        assert (row["fault"] is None) == (row["fault_detail"] is None)
+        if row["fault"] is None:
+            keys.append(row["key"])
+            picture, caption = member(row, tar, "png"), member(row, tar, "txt")
+            assert row["caption"].encode() == caption == contents[f"{row['key']}.txt"]
+            if damage.verify is None:
+                assert picture == contents[f"{row['key']}.png"]
+            assert row["id"] == int(row["key"][1:])
+    assert keys == sorted(keys)  # in their order
+    assert sorted(os.listdir(tmp_path)) == [
+        ".index-manifest.lock", MANIFEST, "x.tar", "x.tar.index.parquet"
+    ]  # fmt: skip
 
 
-def test_a_sample_without_a_caption(tmp_path: Path) -> None:
-    members = {name: payload for name, payload in THREE.items() if name != "b.txt"}
-    path = write_tar(tmp_path / "x.tar", members)
-    with pytest.raises(
-        ValueError, match=r"x\.tar: sample b has no \.txt caption; found \['json', 'png'\]"
-    ):
-        scan([path])
+def test_no_bytes_lost_or_changed_pair_anything_wrong() -> None:
+    rng = random.Random(3)
+    whole = tar_bytes(five())
+    contents, end = dict(five()), headers(whole)[-1] + 1024
+    num_damaged = 0
+    for _ in range(500):
+        tar = bytearray(whole)
+        begin = rng.randrange(end)
+        count = rng.choice([1, 40, 512, 700, 2048])
+        match rng.randrange(4):
+            case 0:
+                del tar[begin : begin + count]
+            case 1:
+                tar[begin : begin + count] = bytes(count)
+            case 2:
+                tar[begin : begin + count] = rng.randbytes(count)
+            case 3:
+                del tar[begin:]
+        data = memoryview(bytes(tar))
+        usable = [sample for sample in read_samples(data, scan_tar(data)) if sample.fault is None]
+        num_damaged += len(usable) < 5
+        for sample in usable:
+            caption = contents[f"{sample.key}.txt"]
+            place = sample.members[sample.extensions.index("txt")].offset
+            is_hit = begin <= place + len(caption) and place < begin + count
+            assert is_hit or (sample.caption or "").encode() == caption
+    assert num_damaged > 300
 
 
-def test_a_key_that_comes_twice(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", [*THREE.items(), ("a.png", b"other"), ("a.txt", b"x")])
-    with pytest.raises(
-        ValueError, match=r"x\.tar: sample a has two members \.png; keys must be unique within"
-    ):
-        scan([path])
-    path = write_tar(tmp_path / "y.tar", [*THREE.items(), ("c.PNG", b"other")])
-    with pytest.raises(ValueError, match=r"sample c has two members \.png"):
-        scan([path])
-    one, two = (write_tar(tmp_path / f"{i}.tar", THREE) for i in range(2))
-    assert len(scan([one, two]).samples) == 6  # in two tars it is no mistake
+def test_names_that_escape_are_keys_and_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    path = tmp_path / "a" / "b" / "x.tar"
+    keys = ["../../evil", str(tmp_path / "evil"), "\x1b]0;evil\x07"]
+    path.write_bytes(
+        tar_bytes([m for k in keys for m in ((f"{k}.png", png(0)), (f"{k}.txt", b"x"))])
+    )
+    found = open_index([str(path)])
+    assert [row["key"] for row in rows(found)] == keys
+    assert os.listdir(tmp_path) == ["a"] and os.listdir(tmp_path / "a") == ["b"]
+    assert str(ShardFault("x.tar", 5, "no image", keys[2])) == "x.tar: byte 5: no image: ?]0;evil?"
 
 
-@pytest.mark.parametrize(
-    ("payload", "message"),
-    [
-        (b"{", r"x\.tar:a\.json is not JSON \(Expecting property name"),
-        (b"\xff{}", r"x\.tar:a\.json is not JSON \('utf-8' codec|x\.tar:a\.json is not JSON"),
-        (b"[1]", r"x\.tar:a\.json must be a JSON object; got a list"),
-        (b"[" * 100_000, r"x\.tar:a\.json is not JSON"),
-    ],
-    ids=["cut", "bytes", "list", "deep"],
-)
-def test_metadata_that_is_none(tmp_path: Path, payload: bytes, message: str) -> None:
-    path = write_tar(tmp_path / "x.tar", {**THREE, "a.json": payload})
-    with pytest.raises(ValueError, match=message):
-        scan([path], {"style": ("noto",)})
-    with pytest.raises(ValueError, match=message):
-        scan([path]).samples[0].metadata()
+def test_a_missing_tar_is_reported_and_the_rest_goes_on(shards: list[str]) -> None:
+    os.remove(shards[1])
+    report = index_shards(shards, workers=1)
+    assert report.shards.urls == (shards[0], shards[2])
+    assert report.shards.bad == {"missing shard": 1}
+    (fault,) = report.failed
+    assert str(fault) == (
+        f"{shards[1]}: byte 0: missing shard: not found; check the name, or leave it out"
+    )
+    assert open_index(shards).num_samples.tolist() == [5, 5]
+    with pytest.raises(ValueError, match=r"no usable sample in 1 tar.*missing shard.*data verify"):
+        open_index([shards[1]])
 
 
-def test_a_tar_that_is_cut_after_it_was_indexed(tmp_path: Path) -> None:
-    path = Path(write_tar(tmp_path / "x.tar", THREE))
-    entry = scan([str(path)]).samples[1]
-    path.write_bytes(path.read_bytes()[: entry.members["txt"].offset + 4])
-    with pytest.raises(ValueError, match=r"x\.tar:b\.txt: 4 of 18 bytes; the tar was cut after"):
-        entry.read("txt")
+def test_a_tar_that_went_away_keeps_its_place_when_opened(shards: list[str]) -> None:
+    before = index_shards(shards, workers=1).shards
+    os.remove(shards[1])
+    after = open_index(shards)  # so that the order of samples stays
+    assert (after.urls, after.fingerprint) == (before.urls, before.fingerprint)
+    assert index_shards(shards, workers=1).shards.urls == (shards[0], shards[2])
+
+
+# Once and again
+
+
+def test_what_is_fresh_is_not_read_again(shards: list[str]) -> None:
+    calls: list[tuple] = []
+    first = index_shards(shards, workers=1, progress=lambda *call: calls.append(call))
+    assert first.num_indexed == 3 and calls == [("index", i, 3) for i in (1, 2, 3)]
+    stamps = [os.stat(path).st_mtime_ns for path in first.shards.sidecars]
+    again = index_shards(shards, workers=1)
+    assert again.num_indexed == 0
+    assert again.shards.fingerprint == first.shards.fingerprint
+    Path(shards[1]).write_bytes(tar_bytes(five()[3:]))
+    changed = index_shards(shards, workers=1)
+    assert changed.num_indexed == 1
+    assert changed.shards.num_samples.tolist() == [5, 4, 5]
+    assert changed.shards.fingerprint != first.shards.fingerprint
+    assert [os.stat(path).st_mtime_ns for path in first.shards.sidecars][::2] == stamps[::2]
+
+
+def test_open_indexes_what_is_new_or_changed(shards: list[str]) -> None:
+    calls: list[tuple] = []
+    first = open_index(shards[:2], progress=lambda *call: calls.append(call))
+    assert calls[-1] == ("index", 2, 2)
+    Path(shards[0]).write_bytes(tar_bytes(five()[3:]))
+    calls.clear()
+    found = open_index(shards, progress=lambda *call: calls.append(call))
+    assert calls[-1] == ("index", 2, 2) and found.num_samples.tolist() == [4, 5, 5]
+    assert found.digests[1] == first.digests[1]
+    calls.clear()
+    assert open_index(shards, progress=lambda *call: calls.append(call)).digests == found.digests
+    assert not calls
+
+
+def test_a_tar_that_was_touched_keeps_its_sidecar(shards: list[str]) -> None:
+    first = index_shards(shards, workers=1).shards
+    os.utime(shards[0], ns=(1, 1))
+    report = index_shards(shards, workers=1)
+    assert report.num_indexed == 0 and report.shards.digests == first.digests
+    assert read_summary(first.sidecars[0]).stamp == "1"
+    tar = bytearray(Path(shards[0]).read_bytes())
+    tar[600] ^= 1  # same size, other bytes
+    Path(shards[0]).write_bytes(tar)
+    assert index_shards(shards, workers=1).num_indexed == 1
+
+
+def test_lost_sidecars_and_manifests_are_made_again(shards: list[str]) -> None:
+    first = index_shards(shards, workers=1).shards
+    folder = Path(shards[0]).parent
+    os.remove(first.sidecars[1])
+    assert index_shards(shards, workers=1).num_indexed == 1
+    (folder / MANIFEST).write_bytes(b"nonsense")
+    report = index_shards(shards, workers=1)  # from the sidecars
+    assert report.num_indexed == 0 and report.shards.digests == first.digests
+    Path(first.sidecars[2]).write_bytes(b"nonsense")
+    os.remove(folder / MANIFEST)
+    assert index_shards(shards, workers=1).num_indexed == 1
+
+
+def test_the_fingerprint_is_of_the_data(shards: list[str], tmp_path: Path) -> None:
+    (tmp_path / "moved").mkdir()
+    moved = [str(tmp_path / "moved" / Path(url).name) for url in shards]
+    for old, new in zip(shards, moved, strict=True):
+        Path(new).write_bytes(Path(old).read_bytes())
+    one = open_index(shards).fingerprint
+    assert open_index(moved).fingerprint == one
+    assert open_index(moved[::-1]).fingerprint != one
+    assert open_index(moved[:2]).fingerprint != one
+    stream = io.BytesIO()  # another tar of the same files
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in five():
+            info = tarfile.TarInfo(f"0{name}")
+            info.size, info.mtime = len(data), 12345.5
+            tar.addfile(info, io.BytesIO(data))
+    Path(moved[0]).write_bytes(stream.getvalue())
+    assert open_index(moved).fingerprint == one
+    Path(moved[0]).write_bytes(tar_bytes([(f"0{n}", d.replace(b"of", b"Of")) for n, d in five()]))
+    assert open_index(moved).fingerprint != one
+
+
+def test_processes_find_the_same(shards: list[str], tmp_path: Path) -> None:
+    alone = index_shards(shards, tmp_path / "one", workers=1)
+    both = index_shards(shards, tmp_path / "two", workers=2)
+    assert both.num_indexed == 3
+    assert both.shards.fingerprint == alone.shards.fingerprint
+    for one, two in zip(alone.shards.sidecars, both.shards.sidecars, strict=True):
+        assert read_table(one).equals(read_table(two))
+    with pytest.raises(ValueError, match="workers must be at least 1; got 0"):
+        index_shards(shards, workers=0)
+
+
+def test_a_kill_leaves_whole_sidecars_and_the_rest_is_done_later(tmp_path: Path) -> None:
+    urls = [str(tmp_path / f"t-{i:02d}.tar") for i in range(40)]
+    for url in urls:
+        Path(url).write_bytes(tar_bytes(five()))
+    code = (
+        "import sys, time; from data_pipelines import index\n"
+        "def report(stage, done, total):\n"
+        "    print(done, flush=True)\n"
+        "    time.sleep(0.05)\n"
+        "if __name__ == '__main__':\n"
+        f"    index.index_shards({urls!r}, workers=2, progress=report)\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parent.parent)}
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py")], stdout=subprocess.PIPE, env=environment
+    )
+    assert process.stdout is not None
+    for _ in range(3):
+        process.stdout.readline()
+    children = _children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert len(children) >= 2
+    deadline = time.monotonic() + 10
+    while any(_is_alive(pid) for pid in children):  # they end with the one that started them
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    left = [path for path in (tmp_path / sidecar_name(Path(u).name) for u in urls) if path.exists()]
+    assert len(left) >= 3
+    for path in left:
+        assert read_table(str(path)).num_rows == read_summary(str(path)).num_samples == 5
+    report = index_shards(urls, workers=1)
+    assert report.num_indexed == 40 - len(left)
+    assert report.shards.num_samples.tolist() == [5] * 40
+    assert len(set(report.shards.digests)) == 1
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in tasks.read_text().split()]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_several_that_open_the_same_tars_wait_for_the_first(
+    shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indexed: list[str] = []
+    real = module.index_one
+
+    def slow(task: module.Task) -> object:
+        indexed.append(task.url)
+        time.sleep(0.05)
+        return real(task)
+
+    monkeypatch.setattr(module, "index_one", slow)
+    monkeypatch.setattr("data_pipelines.pool._num_cores", lambda: 1)
+    found: list[IndexedShards] = []
+    threads = [threading.Thread(target=lambda: found.append(open_index(shards))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(indexed) == shards
+    assert {shard.fingerprint for shard in found} == {open_index(shards).fingerprint}
+
+
+# Places
+
+
+def test_an_index_folder(shards: list[str], tmp_path: Path) -> None:
+    found = index_shards(shards, tmp_path / "index", workers=1).shards
+    assert found.sidecars == tuple(
+        str(tmp_path / "index" / sidecar_name(Path(url).name)) for url in shards
+    )
+    assert sorted(os.listdir(Path(shards[0]).parent)) == ["t-0.tar", "t-1.tar", "t-2.tar"]
+    assert open_index(shards, str(tmp_path / "index")).sidecars == found.sidecars
+    (tmp_path / "other").mkdir()
+    same = str(tmp_path / "other" / "t-0.tar")
+    with pytest.raises(ValueError, match=r"t-0\.tar and .*other/t-0\.tar have the same name"):
+        index_shards([*shards, same], tmp_path / "index")
+
+
+def test_a_folder_that_cannot_be_written(
+    shards: list[str], storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(Path(shards[0]).parent)
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != folder)
+    found = index_shards(shards, storage=storage, workers=1).shards
+    assert all(path.startswith(str(tmp_path / "cache" / "index")) for path in found.sidecars)
+    assert sorted(os.listdir(folder)) == ["t-0.tar", "t-1.tar", "t-2.tar"]
+    assert open_index(shards, storage=storage).sidecars == found.sidecars
+
+
+def test_an_index_that_came_with_a_read_only_folder_is_used(
+    shards: list[str], storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = index_shards(shards, storage=storage, workers=1).shards
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    report = index_shards(shards, storage=storage, workers=1)
+    assert report.num_indexed == 0 and report.shards.sidecars == beside.sidecars
+
+
+def test_tars_on_the_web(
+    server: FaultServer, shards: list[str], storage: Storage, tmp_path: Path
+) -> None:
+    for url in shards:
+        server.files[f"/data/{Path(url).name}"] = Path(url).read_bytes()
+        server.etags[f"/data/{Path(url).name}"] = "one"
+    urls = [f"{server.url}/data/t-{i}.tar" for i in range(4)]  # the last is not there
+    report = index_shards(urls, storage=storage, workers=1)
+    assert report.num_indexed == 3
+    assert [(f.shard, f.reason) for f in report.failed] == [(urls[3], "missing shard")]
+    assert str(report.failed[0]).count(server.url) == 1
+    found = report.shards
+    assert all(path.startswith(str(tmp_path / "cache" / "index")) for path in found.sidecars)
+    assert found.fingerprint == open_index(shards).fingerprint  # the same data
+    server.requests.clear()
+    assert open_index(urls[:3], storage=storage).digests == found.digests
+    assert not server.requests  # nobody was asked
+    server.etags["/data/t-1.tar"] = "two"
+    assert index_shards(urls[:3], storage=storage, workers=1).num_indexed == 1
+    assert not list(Path("/tmp").glob("latentdiff-*/shard.tar"))
+
+
+def test_a_server_that_fails_stops_opening_but_not_indexing(
+    server: FaultServer, shards: list[str], storage: Storage
+) -> None:
+    server.files["/t-0.tar"] = Path(shards[0]).read_bytes()
+    index_shards([f"{server.url}/t-0.tar"], storage=storage)
+    server.fault = "503"
+    urls = [f"{server.url}/t-0.tar", f"{server.url}/t-1.tar"]
+    report = index_shards([*urls, shards[1]], storage=storage, workers=1)
+    assert [f.reason for f in report.failed] == ["network", "network"]
+    assert report.shards.urls == (shards[1],)
+    with pytest.raises(OSError, match=r"t-1\.tar: byte 0: network: .*503.*data index"):
+        open_index(urls, storage=storage)
+    assert open_index(urls[:1], storage=storage).num_samples.tolist() == [5]
+
+
+def test_a_page_instead_of_a_tar_is_asked_for_again(
+    server: FaultServer, shards: list[str], storage: Storage
+) -> None:
+    url = f"{server.url}/t-0.tar"
+    server.files["/t-0.tar"] = b"<html>" + b"x" * 2000
+    (fault,) = index_shards([url], storage=storage).faults
+    assert fault.detail == "HTML instead of a plain tar"
+    server.files["/t-0.tar"] = Path(shards[0]).read_bytes()
+    assert open_index([url], storage=storage).num_samples.tolist() == [5]
+
+
+# Size
+
+
+def test_opening_many_tars_reads_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, count = Storage(), 20_000
+    names = [f"{i:06d}.tar" for i in range(count)]
+    entries = [
+        Entry(name, 10**9, "1", "0" * 64, 10_000, 9_990, f"{i:064d}", '{"no image": 10}')
+        for i, name in enumerate(names)
+    ]
+    merge_manifest(str(tmp_path), entries, storage)
+    opened: list[str] = []
+    real = Storage.read
+    monkeypatch.setattr(Storage, "read", lambda s, url, *a: opened.append(url) or real(s, url, *a))
+    monkeypatch.setattr(Storage, "stat", None)
+    urls = [f"{tmp_path}/{name}" for name in names]
+    begin = time.perf_counter()
+    found = open_index(urls, storage=storage)
+    fingerprint = found.fingerprint
+    assert time.perf_counter() - begin < 5  # 1 s for 100,000
+    assert opened == [str(tmp_path / MANIFEST)]
+    assert found.num_samples.sum() == 199_800_000 and found.bad == {"no image": 200_000}
+    assert len(fingerprint) == 64 and found.sidecars[-1] == f"{urls[-1]}.index.parquet"
