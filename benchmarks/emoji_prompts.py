@@ -14,20 +14,22 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.index import scan
-from data_pipelines.shards import expand_shards
+from data_pipelines.config import CaptionConfig, DataConfig
+from data_pipelines.loader import Loader
 from latentdiff.config import DiffusionRun, load
 
 SEED = 0
 
 
-def captions(data: Path, split: str, where: dict, count: int) -> list[str]:
+def captions(data: Path, split: str, trained: DataConfig, count: int) -> list[str]:
     """`count` captions of a split, no thing twice."""
-    index = scan(expand_shards([str(data / f"{split}-*.tar")]), where)
+    both = CaptionConfig(templates={"{family}\t{text}": 1.0})
+    config = DataConfig(shards=(str(data / f"{split}-*.tar"),), where=trained.where, captions=both)
+    loader = Loader(config, SEED, 1, with_images=False)
     chosen: dict[str, str] = {}
-    for i in np.random.default_rng(SEED).permutation(len(index.samples)):
-        entry = index.samples[i]
-        chosen.setdefault(entry.metadata()["family"], entry.read("txt").decode().strip())
+    for i in np.random.default_rng(SEED).permutation(len(loader)):
+        (caption,) = loader.captions(i, [0])
+        chosen.setdefault(*caption.split("\t"))
         if len(chosen) == count:
             break
     return list(chosen.values())
@@ -44,7 +46,7 @@ def main() -> None:
     lines = [
         caption
         for split in ("train", "test_pair")
-        for caption in captions(arguments.data, split, dict(config.data.where), 32)
+        for caption in captions(arguments.data, split, config.data, 32)
     ]
     arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -1,42 +1,164 @@
-"""Which sample stands at which position of a run? A pure function of (size, seed, position)."""
+"""Which sample stands at which position? A pure function of (fingerprint, seed, epoch, position).
+
+An epoch lays the shards end to end in a shuffled order: a line of all samples. The line is cut into
+canonical streams of equal length, each stream into blocks, and the samples of a block are shuffled:
+
+    position p of the epoch -> stream p mod C, place p div C in it -> block -> sample
+
+So a stream reads its shards one after the other, each once, with those of one block open, and a
+process that is given some of the streams never touches the shards of the others. All of it is
+arithmetic: any position is found at once, whatever the size of the data set.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from data_pipelines.randomness import stream
+from data_pipelines.recent import Recent
 
 
 @dataclass(frozen=True)
-class Order:
-    """Epochs of seeded permutations, end to end: position p is place p mod n of epoch p div n.
+class Places:
+    """Where the samples of some positions lie, one entry a position.
 
     Attributes:
-        num_samples: n, samples in an epoch.
-        seed: of the permutations.
+        shards: [n] numbers of the shards.
+        rows: [n] numbers among the samples of the shard that take part, in tar order.
+        ids: [n] numbers among all samples of the data set, in the order of the tars.
+        streams: [n] canonical streams.
     """
 
-    num_samples: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError("an order needs at least one sample; got 0; widen data.where")
-
-    def at(self, position: int, count: int) -> np.ndarray:
-        """Sample indices [count] at positions position, position + 1, ..."""
-        positions = np.arange(position, position + count)
-        indices = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(positions // self.num_samples):
-            inside = positions // self.num_samples == epoch
-            permutation = _permutation(self.num_samples, self.seed, int(epoch))
-            indices[inside] = permutation[positions[inside] % self.num_samples]
-        return indices
+    shards: np.ndarray
+    rows: np.ndarray
+    ids: np.ndarray
+    streams: np.ndarray
 
 
-@lru_cache(maxsize=4)
-def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    return stream(seed, epoch, "order").permutation(num_samples)
+class Order:
+    """Epochs of shuffled samples, end to end: position p is place p mod n of epoch p div n.
+
+    Args:
+        counts: [num_shards] samples of each shard that take part.
+        fingerprint: of the data; the same samples elsewhere have the same order.
+        seed: of the shuffles.
+        num_streams: canonical streams.
+        block_samples: samples that are shuffled together, at most.
+
+    Raises:
+        ValueError: there are fewer samples than streams.
+    """
+
+    def __init__(
+        self,
+        counts: np.ndarray,
+        fingerprint: str,
+        seed: int,
+        num_streams: int = 1,
+        block_samples: int = 65_536,
+    ) -> None:
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.num_samples = int(self.counts.sum())
+        self.num_streams = num_streams
+        self.block_samples = block_samples
+        if self.num_samples < num_streams:
+            raise ValueError(
+                f"an order of {num_streams} stream(s) needs as many samples; got "
+                f"{self.num_samples}; widen the filter or lower data.order.streams"
+            )
+        digest = hashlib.sha256(f"{fingerprint}\0{seed}".encode()).digest()
+        self._key = int.from_bytes(digest[:8], "little")
+        self._starts = np.concatenate([[0], np.cumsum(self.counts)])
+        lengths = (self.num_samples - np.arange(num_streams) + num_streams - 1) // num_streams
+        self._stream_lengths = lengths.astype(np.int64)
+        self._stream_starts = np.concatenate([[0], np.cumsum(self._stream_lengths)])[:-1]
+        self._num_blocks = -(-self._stream_lengths // block_samples)
+        self._lines: Recent[int, _Line] = Recent(3)
+        self._blocks: Recent[tuple[int, int, int], np.ndarray] = Recent(2 * num_streams + 2)
+
+    def at(self, positions: np.ndarray) -> Places:
+        """Where the samples of `positions` [n] lie."""
+        positions = np.asarray(positions, dtype=np.int64)
+        shards, rows = np.empty_like(positions), np.empty_like(positions)
+        epochs, places = np.divmod(positions, self.num_samples)
+        streams, insides = places % self.num_streams, places // self.num_streams
+        blocks = self._block_of(streams, insides)
+        groups = np.stack([epochs, streams, blocks])
+        for epoch, number, block in np.unique(groups, axis=1).T.tolist():
+            here = (epochs == epoch) & (streams == number) & (blocks == block)
+            line = self._line(epoch)
+            start, _ = self._block_bounds(number, block)
+            shuffled = self._block(epoch, number, block)
+            offsets = self._stream_starts[number] + start + shuffled[insides[here] - start]
+            slots = np.searchsorted(line.ends, offsets, side="right")
+            shards[here] = line.shards[slots]
+            rows[here] = offsets - (line.ends[slots] - line.counts[slots])
+        return Places(shards, rows, self._starts[shards] + rows, streams)
+
+    def shard_of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shards [n], rows [n]) of sample ids [n]."""
+        shards = np.searchsorted(self._starts, ids, side="right") - 1
+        return shards, ids - self._starts[shards]
+
+    def shards_ahead(self, position: int, streams: np.ndarray) -> list[int]:
+        """The shards of the streams' blocks at `position`, then of the blocks that come next.
+
+        In the order in which they lie in the stream; a block is read in its own, shuffled order.
+        """
+        epoch, place = divmod(position, self.num_samples)
+        found: dict[int, None] = {}
+        for ahead in (0, 1):
+            for number in np.unique(streams).tolist():
+                inside = min(place // self.num_streams, int(self._stream_lengths[number]) - 1)
+                block = int(self._block_of(np.array([number]), np.array([inside]))[0]) + ahead
+                later = epoch
+                if block >= self._num_blocks[number]:
+                    later, block = epoch + 1, 0
+                line = self._line(later)
+                bounds = self._stream_starts[number] + np.array(self._block_bounds(number, block))
+                first = np.searchsorted(line.ends, bounds[0], side="right")
+                last = np.searchsorted(line.ends, bounds[1] - 1, side="right")
+                touched = slice(first, last + 1)
+                touched = line.shards[touched][line.counts[touched] > 0]
+                found.update(dict.fromkeys(touched.tolist()))
+        return list(found)
+
+    # A stream's blocks differ by one sample at most; the longer ones come first.
+
+    def _block_of(self, streams: np.ndarray, insides: np.ndarray) -> np.ndarray:
+        short, num_long = np.divmod(self._stream_lengths[streams], self._num_blocks[streams])
+        past = insides - num_long * (short + 1)  # products stay below 2**63, whatever the sizes
+        return np.where(past < 0, insides // (short + 1), num_long + past // short)
+
+    def _block_bounds(self, number: int, block: int) -> tuple[int, int]:
+        short, num_long = divmod(int(self._stream_lengths[number]), int(self._num_blocks[number]))
+        start = block * short + min(block, num_long)
+        return start, start + short + (block < num_long)
+
+    def _block(self, epoch: int, number: int, block: int) -> np.ndarray:
+        def make() -> np.ndarray:
+            start, stop = self._block_bounds(number, block)
+            part = epoch * self.num_streams + number
+            return stream(self._key, block, "block", part).permutation(stop - start)
+
+        return self._blocks.get((epoch, number, block), make)
+
+    def _line(self, epoch: int) -> _Line:
+        def make() -> _Line:
+            shards = stream(self._key, epoch, "shards").permutation(len(self.counts))
+            counts = self.counts[shards]
+            return _Line(shards, counts, np.cumsum(counts))
+
+        return self._lines.get(epoch, make)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """An epoch's shards in their shuffled order, their counts and where each ends on the line."""
+
+    shards: np.ndarray
+    counts: np.ndarray
+    ends: np.ndarray

@@ -7,12 +7,18 @@ import zlib
 import numpy as np
 
 
-def stream(seed: int, position: int, purpose: str) -> np.random.Generator:
+def stream(seed: int, position: int, purpose: str, part: int = 0) -> np.random.Generator:
     """The generator of one purpose ("crop", "caption", ...) at one position of the run.
 
     Philox (Salmon et al. 2011) with the purpose in its key and the position in the high half of
     its counter: streams don't overlap, and none depends on what was drawn before it.
+
+    Args:
+        seed: of the run.
+        position: what the numbers belong to.
+        purpose: what they are for.
+        part: a second coordinate beside the position, where one is not enough.
     """
     key = np.array([seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(purpose.encode())], dtype=np.uint64)
-    counter = np.array([0, 0, position, 0], dtype=np.uint64)
+    counter = np.array([0, 0, position, part], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

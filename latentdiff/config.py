@@ -287,8 +287,10 @@ class DiffusionRun(_Run):
         if self.cache_latents and not self.data.is_deterministic:
             raise ValueError(
                 "cache_latents needs pictures that are the same at every draw; got crop "
-                f"{self.data.crop}, crop_px {self.data.crop_px}, flip {self.data.flip}; "
-                "use crop: center, crop_px: null, flip: false, or cache_latents: false"
+                f"{self.data.crop}, crop_px {self.data.crop_px}, flip {self.data.flip}, payload "
+                f"{self.data.payload}{', buckets' * (self.data.buckets is not None)}; use crop: "
+                "center, crop_px: null, flip: false, payload: images, buckets: null, or "
+                "cache_latents: false"
             )
         if self.schedule.kind != "edm" and self.samples.num_steps > self.schedule.num_timesteps:
             raise ValueError(

@@ -155,6 +155,12 @@ def drop_captions(captions: list[str], uniform: Tensor, rate: float) -> list[str
     return ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
 
 
+def drop_ids(ids: Tensor, empty_ids: Tensor, uniform: Tensor, rate: float) -> Tensor:
+    """`drop_captions` for token ids [b, n]: rows where uniform < rate become `empty_ids` [n]."""
+    dropped = (uniform < rate).view(-1, 1).to(ids.device)
+    return torch.where(dropped, empty_ids.to(ids), ids)
+
+
 def _mixture(
     signal: Tensor, spread: Tensor, prediction: str, sigma_data: float
 ) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from data_pipelines.config import DataConfig
 from data_pipelines.transforms import to_image
 from latentdiff.build import build_schedule, build_text
 from latentdiff.config import DiffusionRun
@@ -74,11 +75,7 @@ class Pipeline:
             return cls._continued(config.init_from, config)
         autoencoder = Autoencoder.build(config.autoencoder)
         size_px, downscale = config.data.output_px, autoencoder.downscale
-        if size_px % downscale:
-            raise ValueError(
-                f"pictures are {size_px} px (data.crop_px or data.size_px); expected a multiple of "
-                f"the autoencoder's {downscale}"
-            )
+        _check_sides(config.data, downscale, "the autoencoder")
         text = build_text(config.text, captions)
         channels = autoencoder.latent_channels
         unet = new_unet(
@@ -114,11 +111,7 @@ class Pipeline:
                 f"objective.prediction is {config.objective.prediction}, but {init_from} predicts "
                 f"{model.prediction}; set objective.prediction={model.prediction}"
             )
-        if config.data.output_px % model.size_multiple_px:
-            raise ValueError(
-                f"pictures are {config.data.output_px} px (data.crop_px or data.size_px); "
-                f"expected a multiple of {model.size_multiple_px} for {init_from}"
-            )
+        _check_sides(config.data, model.size_multiple_px, init_from)
         styles = config.samples.styles or model.defaults.styles
         model.defaults = replace(model.defaults, styles=styles)
         return model
@@ -393,3 +386,12 @@ def _as_list(prompt: str | Sequence[str]) -> list[str]:
 def _positive(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def _check_sides(data: DataConfig, multiple_px: int, whose: str) -> None:
+    if data.side_step_px % multiple_px:
+        name = "data.crop_px or data.size_px" if data.buckets is None else "data.buckets.step_px"
+        raise ValueError(
+            f"pictures are {data.side_step_px} px ({name}); expected a multiple of {multiple_px} "
+            f"for {whose}"
+        )

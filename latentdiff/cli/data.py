@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from latentdiff.cli.dataread import read
+from latentdiff.cli.precompute import precompute
+
 app = typer.Typer(
     help="Make and look at data: webdataset shards of images with captions.",
     no_args_is_help=True,
@@ -115,11 +118,204 @@ def show(
 
     Example: latentdiff data show "data/emoji/train-*.tar" --num 64 --out sheet.png
     """
-    from data_pipelines.shards import expand_shards
     from data_pipelines.show import contact_sheet
+    from data_pipelines.storage import expand_shards
 
     count = contact_sheet(expand_shards(shards), out, num=num, columns=columns)
     typer.echo(f"{out}: {count} samples")
+
+
+@app.command()
+def index(
+    shards: Annotated[
+        list[str],
+        typer.Argument(
+            help="Tars, folders of tars, globs, braces as in train-{000..003}.tar; paths or URLs."
+        ),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of the index. Default: beside the tars, or the cache folder where that "
+            "cannot be written."
+        ),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes. Default: one a core.")] = None,
+) -> None:
+    """Index tars: where each sample lies, its size, caption and metadata, in one Parquet a tar.
+
+    What is indexed already and has not changed is skipped, so it can be stopped at any time and
+    run again. Damage is reported and the rest goes on; exit code 1 if a tar could not be read.
+
+    Example: latentdiff data index "data/emoji/train-*.tar"
+    """
+    from data_pipelines.index import index_shards
+    from data_pipelines.storage import expand_shards
+
+    with _progress() as report:
+        done = index_shards(expand_shards(shards), out, workers=workers, progress=report)
+    for fault in (*done.faults, *done.failed):
+        typer.echo(fault, err=True)
+    found = done.shards
+    typer.echo(
+        f"{found.num_samples.sum()} usable samples in {len(found.urls)} tars "
+        f"({done.num_indexed} indexed now)"
+    )
+    for reason, count in found.bad.items():
+        typer.echo(f"{reason}: {count}")
+    if done.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    shards: Annotated[
+        list[str],
+        typer.Argument(
+            help="Tars, folders of tars, globs, braces as in train-{000..003}.tar; paths or URLs."
+        ),
+    ],
+    index: Annotated[
+        str | None, typer.Option(help="Folder of the index. Default: where `index` puts it.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Do not decode pictures; read their headers alone.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes. Default: one a core.")] = None,
+) -> None:
+    """Read all bytes of tars and report each fault; exit code 1 if there is any.
+
+    Structure, captions, metadata and pictures are read; where there is an index, each payload is
+    compared with it.
+
+    Example: latentdiff data verify "data/emoji/train-*.tar"
+    """
+    from data_pipelines.storage import expand_shards
+    from data_pipelines.verify import verify_shards
+
+    with _progress() as report:
+        found = verify_shards(
+            expand_shards(shards), index, quick=quick, workers=workers, progress=report
+        )
+    for fault in found.faults:
+        typer.echo(fault)
+    typer.echo(
+        f"{found.num_samples} samples, {found.num_bytes / 1e6:.1f} MB in {found.num_shards} tars "
+        f"({found.num_indexed} compared with their index): {len(found.faults)} faults"
+    )
+    if found.faults:
+        raise typer.Exit(1)
+
+
+app.command()(precompute)
+app.command()(read)
+
+
+@app.command()
+def select(
+    shards: Annotated[
+        list[str],
+        typer.Argument(
+            help="Tars, folders of tars, globs, braces as in train-{000..003}.tar; paths or URLs."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The selection to write.")],
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="SQL over the index; may be repeated. Rules run in the order given."),
+    ] = None,
+    dedup: Annotated[
+        str | None,
+        typer.Option(help="sha256: leave out equal pictures; phash: also those that look alike."),
+    ] = None,
+    max_distance: Annotated[
+        int, typer.Option(help="Bits of 64 in which pictures that look alike may differ.")
+    ] = 4,
+    index: Annotated[
+        str | None, typer.Option(help="Folder of the index. Default: as `data index` chooses.")
+    ] = None,
+    memory_gb: Annotated[float, typer.Option(help="What DuckDB may hold, in 10^9 bytes.")] = 4.0,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that hash pictures. Default: one a core.")
+    ] = None,
+) -> None:
+    """Choose samples by their metadata, and leave out what comes twice; the tars stay as they are.
+
+    A sample for which a condition has no answer, since a value is missing, is left out too.
+    Perceptual hashes see greys alone; they are kept beside the index. Train on the result with
+    `data.select=SEL`.
+
+    Example: latentdiff data select data/laion --where "aesthetic >= 5 and pwatermark < 0.8" --dedup
+    sha256 --out good.parquet
+    """
+    from data_pipelines.index import open_index
+    from data_pipelines.selection import DEDUP, select
+    from data_pipelines.storage import expand_shards
+
+    if dedup is not None and dedup not in DEDUP:
+        raise ValueError(f"--dedup must be {' or '.join(DEDUP)}; got {dedup!r}")
+    with _progress() as report:
+        indexed = open_index(expand_shards(shards), index, progress=report)
+        selection = select(
+            indexed,
+            where,
+            dedup,
+            max_distance=max_distance,
+            memory_gb=memory_gb,
+            workers=workers,
+            progress=report,
+        )
+    selection.save(out)
+    for rule in selection.rules:
+        missing = f" ({rule.missing:,} of them have no value)" if rule.missing else ""
+        typer.echo(f"{rule.removed:>12,} left out by  {rule.name}{missing}")
+    left, total = int(selection.num_selected.sum()), int(indexed.num_rows.sum())
+    typer.echo(f"{left:>12,} selected of {total:,} in {len(indexed.urls):,} shards: {out}")
+
+
+@app.command()
+def stats(
+    shards: Annotated[
+        list[str], typer.Argument(help="Tars as for `data index`, or one file of `data select`.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for plots and stats.json. Default: none.")
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option(help="Folder of the index. Default: as `data index` chooses.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    memory_gb: Annotated[float, typer.Option(help="What DuckDB may hold, in 10^9 bytes.")] = 4.0,
+) -> None:
+    """Say what is in the data: sizes, aspect ratios, captions, languages, scores, duplicates.
+
+    Example: latentdiff data stats "data/emoji/train-*.tar" --out stats
+    """
+    import json
+
+    from data_pipelines.index import open_index
+    from data_pipelines.selection import is_selection, load_selection
+    from data_pipelines.stats import measure
+    from data_pipelines.stats_plots import write_stats
+    from data_pipelines.stats_text import report_lines
+    from data_pipelines.storage import expand_shards
+
+    with _progress() as report:
+        if len(shards) == 1 and is_selection(shards[0]):
+            data = load_selection(shards[0])
+        else:
+            data = open_index(expand_shards(shards), index, progress=report)
+        found = measure(data, memory_gb=memory_gb, progress=report)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        for line in report_lines(found):
+            console.print(line, soft_wrap=isinstance(line, str))
+    for path in write_stats(found, out) if out is not None else ():
+        typer.echo(f"wrote {path}", err=True)
 
 
 @contextmanager

@@ -63,25 +63,33 @@ def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
 
     loop = config.loop
     micro = loop.batch_size // loop.accumulation
-    loader = Loader(config.data, config.seed, micro, cursor=step * loop.batch_size)
+    loader = Loader(
+        config.data,
+        config.seed,
+        loop.batch_size,
+        step * loop.batch_size,
+        splits=loop.accumulation,
+        ledger_path=out / "ledger.jsonl",
+    )
     batches = iter(loader)
     channels, downscale = autoencoder.latent_channels, autoencoder.downscale
-    side = config.data.output_px // downscale
 
     with RunLog(out, config, loop.num_steps, step) as log:
         while step < loop.num_steps:
             totals: dict[str, Tensor] = {}
             pairs: list[tuple[Tensor, Tensor]] = []  # real, reconstructed
             for _ in range(loop.accumulation):
-                batch = next(batches)
-                assert batch.images is not None
+                batch = next(batches).good()
+                if not len(batch):
+                    continue
                 image = batch.images.to(device, memory_format=format_)
-                positions = range(batch.position, batch.position + micro)
-                noise = normal((channels, side, side), config.seed, positions, "posterior")
+                positions = batch.positions.tolist()
+                shape = (channels, image.shape[2] // downscale, image.shape[3] // downscale)
+                noise = normal(shape, config.seed, positions, "posterior")
                 with autocast(device, loop.precision):
                     passed = reconstruct(model, image, noise.to(device))
                     terms = objective(passed, step)
-                (terms["loss"] / loop.accumulation).backward()
+                (terms["loss"] * (len(batch) / micro) / loop.accumulation).backward()
                 pairs.append((image, passed.output.detach()))
                 for name, value in terms.items():
                     totals[name] = totals.get(name, 0) + value.detach() / loop.accumulation
@@ -167,8 +175,15 @@ def _check(autoencoder: Autoencoder, config: AutoencoderRun) -> None:
             f"{type(autoencoder.model).__name__}; only an AutoencoderKL can be trained"
         )
     sizes = {"data.size_px": config.data.size_px, "data.crop_px": config.data.output_px}
+    if config.data.buckets is not None:
+        sizes = {"data.buckets.step_px": config.data.buckets.step_px}
+    if config.data.payload != "images":
+        raise ValueError(
+            f"an autoencoder is trained on pictures; got data.payload {config.data.payload}; give "
+            "shards of images"
+        )
     if config.val is not None:
-        sizes["val.size_px"] = config.val.output_px
+        sizes["val.size_px"] = config.val.side_step_px
     for name, px in sizes.items():
         if px % autoencoder.downscale:
             raise ValueError(

@@ -92,8 +92,13 @@ def train_contrastive(config: ContrastiveRun, resume: str = "auto") -> Path:
         raise ValueError(
             f"a contrastive batch cannot be split; got loop.accumulation {loop.accumulation}; use 1"
         )
-    loader = Loader(config.data, config.seed, loop.batch_size)
-    captions = vocabulary_captions(loader.index, config.data.captions, config.seed)
+    if config.data.payload != "images" or config.data.buckets is not None:
+        raise ValueError(
+            f"the image tower takes square pictures; got data.payload {config.data.payload} and "
+            f"buckets {config.data.buckets}; give shards of images and buckets: null"
+        )
+    loader = Loader(config.data, config.seed, loop.batch_size, ledger_path=out / "ledger.jsonl")
+    captions = vocabulary_captions(loader)
     text = build_text(config.text, captions)
     assert text is not None
     pair = ContrastivePair(text, config.image).to(device)
@@ -110,8 +115,10 @@ def train_contrastive(config: ContrastiveRun, resume: str = "auto") -> Path:
     batches = iter(loader)
     with RunLog(out, config, loop.num_steps, step) as log:
         while step < loop.num_steps:
-            batch = next(batches)
-            assert batch.images is not None
+            batch = next(batches).good()
+            if not len(batch):
+                step += 1
+                continue
             with autocast(device, loop.precision):
                 ids = text.tokenize(batch.captions).to(device)
                 logits = pair(batch.images.to(device), ids)

@@ -9,20 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.loader import Batch, Loader
+from data_pipelines.batch import Batch
+from data_pipelines.loader import Loader
 from latentdiff.build import build_weighting
 from latentdiff.config import DiffusionRun
 from latentdiff.devices import autocast, resolve_device
 from latentdiff.ema import Ema
 from latentdiff.likelihood import PIXEL_BINS, vlb_loss
-from latentdiff.loss import denoising_loss, drop_captions, loss_weight, target
+from latentdiff.loss import denoising_loss, drop_captions, drop_ids, loss_weight, target
+from latentdiff.pairing import check_model, check_tokenizer, tokenizer_hash
 from latentdiff.pictures import grid
 from latentdiff.pipeline import Pipeline
 from latentdiff.randomness import seed_dropout, uniform
 from latentdiff.schedule import NoiseSchedule
+from latentdiff.text import Conditioning, TextEncoder
 from latentdiff.training.captions import vocabulary_captions
 from latentdiff.training.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
-from latentdiff.training.latents import LatentCache, encode_batch
+from latentdiff.training.latents import LatentCache, draw_stored, encode_batch
 from latentdiff.training.log import RunLog
 from latentdiff.training.noise import draw_noise, perturb, timestep_draws
 from latentdiff.training.optim import (
@@ -50,24 +53,32 @@ def train_diffusion(config: DiffusionRun, resume: str = "auto") -> Path:
     torch.manual_seed(config.seed)
     device, out, loop = resolve_device(config.loop.device), Path(config.out), config.loop
     micro = loop.batch_size // loop.accumulation
-    loader = Loader(config.data, config.seed, micro, with_images=not config.cache_latents)
-    captions = vocabulary_captions(loader.index, config.data.captions, config.seed)
+    loader = Loader(
+        config.data,
+        config.seed,
+        loop.batch_size,
+        splits=loop.accumulation,
+        with_images=not config.cache_latents,
+        ledger_path=out / "ledger.jsonl",
+    )
+    captions = vocabulary_captions(loader)
     model = Pipeline.new(config, captions).to(device)
     if not loop.channels_last:
         model.unet.to(memory_format=torch.contiguous_format)
+    _check_latents(loader, model)
     trained = _prepare(model, config)
     optimizer = make_adamw(trained, config.optimizer)
     weights = named_trainable(trained)
     ema = Ema(weights, config.ema.decay)
 
+    words = None if model.text is None else tokenizer_hash(model.text)
     step = 0
     if (checkpoint := find_checkpoint(out / "checkpoints", resume)) is not None:
         step = checkpoint.step
-        _check_data(checkpoint, loader)
+        _restore_data(checkpoint, loader, words)
         checkpoint.restore("model", weights)
         load_optimizer_tensors(optimizer, weights, checkpoint.group("optimizer"))
         ema.load(checkpoint.group("ema"), checkpoint.state["ema_updates"])
-    loader.cursor = step * loop.batch_size
     cache = LatentCache.encode(model.autoencoder, loader, device) if config.cache_latents else None
 
     batches = iter(loader)
@@ -75,14 +86,12 @@ def train_diffusion(config: DiffusionRun, resume: str = "auto") -> Path:
         while step < loop.num_steps:
             total = torch.zeros((), device=device)
             for _ in range(loop.accumulation):
-                batch = next(batches)
-                clean = (
-                    cache.draw(batch, config.seed).to(device)
-                    if cache is not None
-                    else encode_batch(model.autoencoder, batch, config.seed, device)
-                )
-                seed_dropout(config.seed, batch.position)
-                loss = batch_loss(model, clean, batch, config)
+                batch = next(batches).good()
+                if not len(batch):
+                    continue
+                clean = clean_latents(model, cache, batch, config.seed, device)
+                seed_dropout(config.seed, int(batch.positions[0]))
+                loss = batch_loss(model, clean, batch, config) * (len(batch) / micro)
                 (loss / loop.accumulation).backward()
                 total += loss.detach() / loop.accumulation
             rate = lr_at(step, loop.num_steps, config.optimizer)
@@ -102,7 +111,11 @@ def train_diffusion(config: DiffusionRun, resume: str = "auto") -> Path:
                     "optimizer": optimizer_tensors(optimizer, weights),
                     "ema": ema.averages,
                 }
-                state = {"ema_updates": ema.num_updates, "fingerprint": loader.index.fingerprint}
+                state = {
+                    "ema_updates": ema.num_updates,
+                    "loader": loader.state(),
+                    "tokenizer": words,
+                }
                 save_checkpoint(out / "checkpoints", step, groups, state, loop.keep_checkpoints)
 
     if model.diffusers_class is None:
@@ -119,7 +132,7 @@ def batch_loss(model: Pipeline, clean: Tensor, batch: Batch, config: DiffusionRu
     Timesteps, noise and caption drops depend on (seed, position) alone.
     """
     objective, schedule, seed = config.objective, model.schedule, config.seed
-    positions = range(batch.position, batch.position + len(clean))
+    positions = batch.positions.tolist()
 
     draws = timestep_draws(positions, seed, config.loop.batch_size, objective.stratified_timesteps)
     # t stays on the CPU beside the float64 schedule, which not every device could hold
@@ -132,8 +145,7 @@ def batch_loss(model: Pipeline, clean: Tensor, batch: Batch, config: DiffusionRu
         cond = None
         if model.text is not None:
             dropped = torch.from_numpy(uniform(seed, positions, "caption_drop"))
-            captions = drop_captions(list(batch.captions), dropped, objective.caption_dropout)
-            cond = model.text.encode(captions)
+            cond = _condition(model.text, batch, dropped, objective.caption_dropout)
         output = as_network(model.unet)(noisy, t.float().to(clean.device), cond)
 
     predicted = output[:, : clean.shape[1]]  # a learned variance has as many channels again
@@ -148,6 +160,25 @@ def batch_loss(model: Pipeline, clean: Tensor, batch: Batch, config: DiffusionRu
         bound = vlb_loss(schedule, output, clean, noisy, t, model.prediction, bins)
         loss = loss + objective.vlb_weight * bound
     return loss
+
+
+def clean_latents(
+    model: Pipeline, cache: LatentCache | None, batch: Batch, seed: int, device: torch.device
+) -> Tensor:
+    """What the batch's pictures are to the U-Net: held, stored, or encoded now."""
+    if cache is not None:
+        return cache.draw(batch, seed).to(device)
+    if batch.latents is not None:
+        return draw_stored(batch, seed, device)
+    return encode_batch(model.autoencoder, batch, seed, device)
+
+
+def _condition(text: TextEncoder, batch: Batch, dropped: Tensor, rate: float) -> Conditioning:
+    """Captions or their stored ids, some of them replaced by the empty one, through the tower."""
+    if batch.tokens is None:
+        return text.encode(drop_captions(list(batch.captions), dropped, rate))
+    empty = text.tokenize([""])[0]
+    return text.encode_ids(drop_ids(batch.tokens, empty, dropped, rate))
 
 
 def sample_grid(model: Pipeline, config: DiffusionRun) -> Any:
@@ -168,6 +199,15 @@ def sample_grid(model: Pipeline, config: DiffusionRun) -> Any:
     for network, mode in zip(networks, modes, strict=True):
         network.train(mode)
     return grid(images)
+
+
+def _check_latents(loader: Loader, model: Pipeline) -> None:
+    """Refuse stored latents or token ids that another model made."""
+    if loader.latents is None:
+        return
+    check_model(loader.latents, model.autoencoder)
+    if model.text is not None and loader.latents.tokenizer_hash is not None:
+        check_tokenizer(loader.latents, model.text)
 
 
 def _prepare(model: Pipeline, config: DiffusionRun) -> dict[str, nn.Module]:
@@ -200,11 +240,16 @@ def _check_variance(model: Pipeline, config: DiffusionRun) -> None:
         )
 
 
-def _check_data(checkpoint: Checkpoint, loader: Loader) -> None:
-    saved, here = checkpoint.state.get("fingerprint"), loader.index.fingerprint
-    if saved != here:
+def _restore_data(checkpoint: Checkpoint, loader: Loader, words: str | None) -> None:
+    try:
+        loader.restore(checkpoint.state["loader"])
+        if checkpoint.state["tokenizer"] != words:
+            raise ValueError(
+                "the vocabulary was learned again and is another one; set text.pretrained to a "
+                "directory with the tokenizer of the run, or keep the version of tokenizers"
+            )
+    except (KeyError, ValueError) as error:
         raise ValueError(
-            f"the checkpoint of step {checkpoint.step} was trained on other data (fingerprint "
-            f"{str(saved)[:12]}, here {here[:12]}); give it the same data.shards and data.where, "
-            "another `out`, or --resume none"
-        )
+            f"the checkpoint of step {checkpoint.step} cannot go on here: {error}; or give another "
+            "`out`, or --resume none"
+        ) from error

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_pipelines.loader import Batch, Loader
+from data_pipelines.batch import Batch
+from data_pipelines.loader import Loader
 from latentdiff.randomness import normal
 from vae.autoencoder import Autoencoder
 
@@ -41,19 +42,31 @@ class LatentCache:
 
     def draw(self, batch: Batch, seed: int) -> Tensor:
         """A posterior sample of each draw of the batch, float32 [b, c, h, w]."""
-        mean, std = self.mean[batch.indices].float(), self.std[batch.indices].float()
+        mean, std = self.mean[batch.ids].float(), self.std[batch.ids].float()
         return mean + std * posterior_noise(mean, batch, seed)
 
 
 @torch.no_grad()
 def encode_batch(autoencoder: Autoencoder, batch: Batch, seed: int, device: torch.device) -> Tensor:
     """A posterior sample of each picture of the batch, float32 [b, c, h, w]."""
-    assert batch.images is not None
     mean, std = autoencoder.moments(batch.images.to(device))
     return (mean + std * posterior_noise(mean, batch, seed).to(mean)).float()
 
 
+def draw_stored(batch: Batch, seed: int, device: torch.device) -> Tensor:
+    """A posterior sample of each draw of a batch of stored latents, float32 [b, c, h, w].
+
+    Where the shards hold moments it is drawn here, anew in every epoch; where they hold samples it
+    is the one that was stored.
+    """
+    assert batch.latents is not None
+    stored = batch.latents.to(device, non_blocking=True).float()  # [b, 2 | 1, c, h, w]
+    if stored.shape[1] == 1:
+        return stored[:, 0]
+    mean, std = stored.unbind(1)
+    return mean + std * posterior_noise(mean, batch, seed).to(mean)
+
+
 def posterior_noise(like: Tensor, batch: Batch, seed: int) -> Tensor:
     """The counter-based noise that turns posterior moments into a sample."""
-    positions = range(batch.position, batch.position + len(like))
-    return normal(like.shape[1:], seed, positions, "posterior")
+    return normal(like.shape[1:], seed, batch.positions.tolist(), "posterior")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,9 @@ from latentdiff.loss import stratify
 from latentdiff.randomness import normal, uniform
 
 
-def timestep_draws(positions: range, seed: int, batch_size: int, stratified: bool) -> Tensor:
+def timestep_draws(
+    positions: Sequence[int], seed: int, batch_size: int, stratified: bool
+) -> Tensor:
     """Numbers in [0, 1) that `Schedule.draw_timesteps` turns into timesteps, float64 [b].
 
     Args:
@@ -23,10 +27,12 @@ def timestep_draws(positions: range, seed: int, batch_size: int, stratified: boo
         return torch.from_numpy(uniform(seed, positions, "timestep"))
     steps = [position // batch_size for position in positions]
     offset = torch.from_numpy(uniform(seed, steps, "timestep_offset"))
-    return stratify(torch.tensor(positions) % batch_size, batch_size, offset)
+    return stratify(torch.tensor(list(positions)) % batch_size, batch_size, offset)
 
 
-def draw_noise(clean: Tensor, positions: range, seed: int, offset_strength: float = 0.0) -> Tensor:
+def draw_noise(
+    clean: Tensor, positions: Sequence[int], seed: int, offset_strength: float = 0.0
+) -> Tensor:
     """The noise that hides `clean`, like it.
 
     Standard normal, and with an offset one more normal number for a whole channel, so that the mean
@@ -41,7 +47,7 @@ def draw_noise(clean: Tensor, positions: range, seed: int, offset_strength: floa
     return noise.to(clean.device)
 
 
-def perturb(noise: Tensor, positions: range, seed: int, strength: float) -> Tensor:
+def perturb(noise: Tensor, positions: Sequence[int], seed: int, strength: float) -> Tensor:
     """The noise of the network's input: noise + gamma * randn (Ning et al. 2023, algorithm 1).
 
     The target keeps the plain noise, so that the network learns to correct inputs that are a little

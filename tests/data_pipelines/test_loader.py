@@ -1,9 +1,10 @@
-"""Are batches a pure function of the cursor, and is each caption its own picture's?"""
+"""Are batches a pure function of the cursor, whatever the ranks, parts, threads and restarts?"""
 
 from __future__ import annotations
 
-import io
 import json
+import re
+import threading
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from faultserver import FaultServer
+from pairs import caption_of, index, pixels_of, write_pairs
 
+from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
-from data_pipelines.index import scan
-from data_pipelines.loader import Batch, Loader
-from data_pipelines.shards import Sample, expand_shards, read_shard, write_shards
-from data_pipelines.transforms import to_image, to_tensor
+from data_pipelines.index import open_index
+from data_pipelines.loader import Loader
+from data_pipelines.selection import select
 
 DRAWN: dict[str, Any] = {  # everything that is random, at once
     "size_px": 24,
@@ -26,11 +28,29 @@ DRAWN: dict[str, Any] = {  # everything that is random, at once
     "flip": True,
     "captions": {"languages": {"en": 0.5, "*": 0.5}, "article": 0.5},
 }
+SIZES = [(16, 16), (32, 16), (16, 24), (24, 16), (18, 16), (16, 32), (48, 48), (128, 16)]
+BUCKETS: dict[str, Any] = {
+    "buckets": {"base_px": [16, 32], "step_px": 8, "chapter_steps": 12},
+    "order": {"streams": 2, "block_samples": 16},
+    "crop": "random",
+    "flip": True,
+}
 
 
 @pytest.fixture
 def shards(assets: Path) -> str:
     return str(assets / "train-*.tar")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A mixture of two data sets with a filter: 66 samples of 73, and 30."""
+    folder = tmp_path_factory.mktemp("two")
+    one = write_pairs(folder / "one", [30, 11, 32], sizes=SIZES)
+    two = write_pairs(folder / "two", [14, 16], sizes=SIZES, first=100)
+    chosen = str(folder / "chosen.parquet")
+    select(open_index(one), "score != 5").save(chosen)
+    return {"mixture": [{"select": chosen, "weight": 3}, {"shards": two, "weight": 1}]}
 
 
 def config(shards: str, **values: Any) -> DataConfig:
@@ -41,13 +61,35 @@ def batches(count: int, *arguments: Any, **options: Any) -> list[Batch]:
     return list(islice(Loader(*arguments, **options), count))
 
 
+def columns(batch: Batch) -> dict[str, Any]:
+    names = ("positions", "ids", "valid", "original_size", "crop_top_left", "target_size")
+    found = {name: getattr(batch, name).tolist() for name in names}
+    return {**found, "keys": list(batch.keys), "captions": list(batch.captions)}
+
+
 def assert_same(one: list[Batch], two: list[Batch]) -> None:
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
-        assert (a.position, a.keys, a.captions) == (b.position, b.keys, b.captions)
-        assert np.array_equal(a.indices, b.indices)
-        assert a.images is not None and b.images is not None
-        assert torch.equal(a.images, b.images)
+        assert a.step == b.step
+        assert columns(a) == columns(b)
+        assert (a.pixels is None) == (b.pixels is None)
+        if a.pixels is not None and b.pixels is not None:
+            assert torch.equal(a.pixels, b.pixels)
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """The batch of a step from those of its ranks and splits."""
+    found = [columns(part) for part in parts]
+    by_position = np.argsort(np.concatenate([part.positions for part in parts]))
+    fields: dict[str, Any] = {}
+    for name in found[0]:
+        values = [value for part in found for value in part[name]]
+        values = [values[i] for i in by_position]
+        is_text = name in ("keys", "captions")
+        fields[name] = tuple(values) if is_text else np.array(values)
+    pixels = torch.cat([part.pixels for part in parts if part.pixels is not None])
+    pixels = pixels[torch.from_numpy(by_position)]
+    return Batch(step=parts[0].step, pixels=pixels, latents=None, tokens=None, **fields)
 
 
 # The cursor
@@ -56,9 +98,20 @@ def assert_same(one: list[Batch], two: list[Batch]) -> None:
 def test_the_same_cursor_gives_the_same_batches(shards: str) -> None:
     chosen = config(shards, **DRAWN)
     whole = batches(10, chosen, 3, 40)  # over two ends of an epoch
-    assert [batch.position for batch in whole] == list(range(0, 400, 40))
+    assert [batch.step for batch in whole] == list(range(10))
+    assert np.concatenate([batch.positions for batch in whole]).tolist() == list(range(400))
     for step in (1, 4, 7):
         assert_same(batches(10 - step, chosen, 3, 40, cursor=step * 40), whole[step:])
+
+
+@pytest.mark.parametrize("step", [1, 11, 12, 17, 23])
+def test_a_run_goes_on_in_the_middle_of_a_chapter(two: dict[str, Any], step: int) -> None:
+    # 12 steps are a chapter; an epoch of the first data set is 66 samples of its 3/4
+    chosen = DataConfig.model_validate({**two, **BUCKETS})
+    whole = batches(26, chosen, 0, 8)
+    loader = Loader(chosen, 0, 8)
+    loader.restore({**Loader(chosen, 0, 8).state(), "cursor": step * 8})
+    assert_same(list(islice(loader, 26 - step)), whole[step:])
 
 
 def test_the_cursor_is_where_the_next_draw_stands(shards: str) -> None:
@@ -71,27 +124,38 @@ def test_the_cursor_is_where_the_next_draw_stands(shards: str) -> None:
     assert_same(first, batches(3, chosen, 0, 8))
 
 
-def test_the_number_of_workers_changes_nothing(shards: str) -> None:
-    one, four = (config(shards, num_workers=n, **DRAWN) for n in (1, 4))
-    assert_same(batches(3, one, 0, 16), batches(3, four, 0, 16))
+def test_the_cursor_passes_a_step_with_its_last_part(shards: str) -> None:
+    loader = Loader(config(shards, size_px=8), 0, 8, splits=4, rank=1, num_ranks=2)
+    iterator = iter(loader)
+    cursors = []
+    for _ in range(9):
+        next(iterator)
+        cursors.append(loader.cursor)
+    assert cursors == [0, 0, 0, 8, 8, 8, 8, 16, 16]
+
+
+def test_a_loader_can_be_read_again_and_set_back(shards: str) -> None:
+    loader = Loader(config(shards, size_px=8), 0, 8)
+    first = list(islice(loader, 4))
+    assert_same(list(islice(loader, 2)), batches(2, loader.config, 0, 8, cursor=32))
+    loader.cursor = 0
+    assert_same(list(islice(loader, 4)), first)
 
 
 def test_the_batch_size_cuts_the_same_draws(shards: str) -> None:
     chosen = config(shards, **DRAWN)
     (large,) = batches(1, chosen, 0, 12)
     small = batches(4, chosen, 0, 3)
-    assert large.images is not None
-    assert torch.equal(large.images, torch.cat([b.images for b in small if b.images is not None]))
-    assert large.captions == sum((b.captions for b in small), ())
     assert large.keys == sum((b.keys for b in small), ())
+    assert large.captions == sum((b.captions for b in small), ())
+    assert torch.equal(large.images, torch.cat([b.images for b in small]))
 
 
 def test_seeds_give_other_orders_crops_and_captions(shards: str) -> None:
     chosen = config(shards, **DRAWN)
     one, two = batches(1, chosen, 0, 16), batches(1, chosen, 1, 16)
     assert one[0].keys != two[0].keys
-    again = batches(1, chosen, 0, 16)
-    assert_same(one, again)
+    assert_same(one, batches(1, chosen, 0, 16))
 
 
 def test_an_epoch_delivers_each_sample_once(shards: str) -> None:
@@ -103,121 +167,199 @@ def test_an_epoch_delivers_each_sample_once(shards: str) -> None:
     assert epochs[0] != epochs[1]
 
 
-# Pictures and captions
+# Threads, ranks and parts
 
 
-def test_each_picture_comes_with_its_own_caption(shards: str) -> None:
-    files = {
-        sample["__key__"]: sample for shard in expand_shards(shards) for sample in read_shard(shard)
-    }
-    (batch,) = batches(1, config(shards, size_px=64), 0, 171)
-    assert batch.images is not None
-    for key, caption, image in zip(batch.keys, batch.captions, batch.images, strict=True):
-        assert caption == files[key]["txt"].decode().strip()
-        expected = Image.open(io.BytesIO(files[key]["png"])).convert("RGB")
-        assert torch.equal(image, to_tensor(expected))
-        assert to_image(image).tobytes() == expected.tobytes()
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_the_number_of_workers_changes_nothing(two: dict[str, Any], num_workers: int) -> None:
+    for values in ({**two, **BUCKETS}, {**two, "size_px": 12, "crop_px": 8, "crop": "random"}):
+        none, some = (
+            DataConfig.model_validate({**values, "num_workers": n}) for n in (0, num_workers)
+        )
+        assert_same(batches(16, none, 0, 24), batches(16, some, 0, 24))
 
 
-def test_captions_alone(shards: str) -> None:
-    chosen = config(shards, **DRAWN)
-    alone = batches(3, chosen, 0, 16, with_images=False)
-    both = batches(3, chosen, 0, 16)
-    assert all(batch.images is None for batch in alone)
-    assert [(b.keys, b.captions) for b in alone] == [(b.keys, b.captions) for b in both]
+@pytest.mark.parametrize(("num_ranks", "splits"), [(1, 4), (2, 1), (2, 3), (3, 2), (4, 3)])
+@pytest.mark.parametrize("values", [{"size_px": 8}, BUCKETS], ids=["plain", "buckets"])
+def test_ranks_and_parts_change_nothing(
+    two: dict[str, Any], values: dict[str, Any], num_ranks: int, splits: int
+) -> None:
+    chosen = DataConfig.model_validate({**two, **values})
+    expected = batches(14, chosen, 0, 24)
+    ranks = [
+        iter(Loader(chosen, 0, 24, rank=rank, num_ranks=num_ranks, splits=splits))
+        for rank in range(num_ranks)
+    ]
+    for whole in expected:
+        parts = [next(rank) for rank in ranks for _ in range(splits)]
+        assert {len(part) for part in parts} == {24 // num_ranks // splits}
+        assert {part.step for part in parts} == {whole.step}
+        assert_same([joined(parts)], [whole])
 
 
-def test_single_pictures_for_caches(shards: str) -> None:
-    loader = Loader(config(shards, size_px=16), 0, 8)
-    batch = next(iter(loader))
-    assert batch.images is not None
-    for index, image in zip(batch.indices, batch.images, strict=True):
-        assert torch.equal(loader.image(int(index)), image)
+def test_ranks_together_keep_one_ledger(two: dict[str, Any]) -> None:
+    chosen = DataConfig.model_validate({**two, **BUCKETS})
+    counts = []
+    for num_ranks in (1, 2, 4):
+        loaders = [Loader(chosen, 0, 8, rank=r, num_ranks=num_ranks) for r in range(num_ranks)]
+        delivered = sum(
+            int(batch.valid.sum()) for loader in loaders for batch in islice(loader, 24)
+        )
+        assert sum(loader.ledger.num_delivered for loader in loaders) == delivered
+        skipped = sum(loader.ledger.num_skipped for loader in loaders)
+        counts.append((delivered, skipped))
+    assert counts[0] == counts[1] == counts[2]
+    plan = Loader(chosen, 0, 8).plan
+    assert plan.buckets is not None
+    assert sum(counts[0]) == 2 * plan.buckets.chapter_samples  # each is there, or named
+    assert counts[0][1] > 0
 
 
-def test_where_and_an_index_at_hand(shards: str) -> None:
+def test_an_iterator_that_is_left_leaves_no_threads(shards: str) -> None:
+    before = set(threading.enumerate())
+    for count in (0, 1, 3):
+        iterator = iter(Loader(config(shards, num_workers=2, size_px=16), 0, 8))
+        list(islice(iterator, count))
+        iterator.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert set(threading.enumerate()) <= before
+
+
+# State
+
+
+def test_the_state_is_small_and_plain(two: dict[str, Any]) -> None:
+    chosen = DataConfig.model_validate({**two, **BUCKETS})
+    loader = Loader(chosen, 2**62, 8, cursor=8 * 10**15)
+    text = json.dumps(loader.state())
+    assert len(text) < 1024
+    other = Loader(chosen, 2**62, 8, rank=1, num_ranks=2, splits=2)
+    other.restore(json.loads(text))
+    assert other.cursor == 8 * 10**15
+    assert next(iter(other)).positions.min() >= 8 * 10**15
+
+
+def test_another_run_is_not_resumed(shards: str, two: dict[str, Any]) -> None:
+    state = Loader(config(shards), 0, 8).state()
+    for changed, text in (
+        (Loader(config(shards), 1, 8), "another seed: 0, here 1; give the same seed, or start"),
+        (Loader(config(shards), 0, 4), "another batch_size: 8, here 4; give the same batch size"),
+        (
+            Loader(config(shards, where={"style": ["fluent-3d"]}), 0, 8),
+            "another fingerprint: .*; give the same shards, selection and mixture, or start anew",
+        ),
+        (Loader(config(shards, order={"streams": 2}), 0, 8), "another fingerprint"),
+        (Loader(DataConfig.model_validate(two), 0, 8), "another fingerprint"),
+    ):
+        changed.cursor = 16
+        with pytest.raises(ValueError, match=f"the loader was saved with {text}"):
+            changed.restore({**state, "cursor": 24})
+        assert changed.cursor == 16
+    moved = Loader(config(shards, size_px=8, num_workers=0), 0, 8, num_ranks=4)
+    moved.restore({**state, "cursor": 24})
+    assert moved.cursor == 24
+
+
+def test_data_that_was_moved_has_the_same_order(tmp_path: Path) -> None:
+    (one,) = write_pairs(tmp_path / "a", [9])
+    (two,) = write_pairs(tmp_path / "b", [9])
+    first, second = Loader(config(one, size_px=8), 0, 9), Loader(config(two, size_px=8), 0, 9)
+    second.restore(first.state())
+    assert_same(list(islice(first, 2)), list(islice(second, 2)))
+
+
+# Selections
+
+
+def test_where_and_a_selection_that_was_saved(shards: str, tmp_path: Path) -> None:
     chosen = config(shards, size_px=8, where={"style": ["fluent-3d"]})
     (batch,) = batches(1, chosen, 0, 20)
     assert all(key.startswith("fluent-3d_") for key in batch.keys)
-    index = scan(expand_shards(shards), chosen.where)
-    assert_same([batch], batches(1, chosen, 0, 20, index=index))
+    selection = Loader(chosen, 0, 20).datasets[0].selection
+    assert selection is not None
+    selection.save(tmp_path / "chosen.parquet")
+    saved = DataConfig.model_validate({"select": str(tmp_path / "chosen.parquet"), "size_px": 8})
+    assert_same([batch], batches(1, saved, 0, 20))
+    assert Loader(saved, 0, 20).fingerprint == Loader(chosen, 0, 20).fingerprint
 
 
-# Bad samples
+def test_a_shard_that_changed_since_the_selection(tmp_path: Path) -> None:
+    (url,) = write_pairs(tmp_path, [9])
+    loader = Loader(config(url, where="number < 5"), 0, 5)
+    selection = loader.datasets[0].selection
+    assert selection is not None
+    selection.save(tmp_path / "chosen.parquet")
+    write_pairs(tmp_path, [9], first=3)
+    saved = DataConfig.model_validate({"select": str(tmp_path / "chosen.parquet")})
+    with pytest.raises(ValueError, match=r"x-000\.tar has changed since the selection was made"):
+        next(iter(Loader(saved, 0, 5)))
 
 
-def write(folder: Path, **bad: Any) -> str:
-    """Three samples; the one with the key b has the given fields."""
-    data = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(data, format="PNG")
-    samples = [
-        Sample(key, data.getvalue(), "png", f"caption {key}", {"style": "noto"}) for key in "abc"
-    ]
-    fields = {**vars_of(samples[1]), **bad}
-    (info,) = write_shards([samples[0], Sample(**fields), samples[2]], folder, "x")
-    return str(info.path)
+# Tars elsewhere
 
 
-def vars_of(sample: Sample) -> dict[str, Any]:
-    return {name: getattr(sample, name) for name in sample.__dataclass_fields__}
+def test_remote_tars_are_read_as_local_ones(tmp_path: Path, server: FaultServer) -> None:
+    paths = write_pairs(tmp_path, [7, 5, 8])
+    for path in paths:
+        server.files[f"/{Path(path).name}"] = Path(path).read_bytes()
+    urls = [f"{server.url}/{Path(path).name}" for path in paths]
+    storage = {"cache_dir": str(tmp_path / "cache")}
+    index(urls, tmp_path / "cache")
+    local = DataConfig(shards=tuple(paths), size_px=8)
+    for gigabytes in (1.0, 0.0):
+        remote = DataConfig.model_validate(
+            {"shards": urls, "size_px": 8, "storage": {**storage, "cache_gb": gigabytes}}
+        )
+        assert Loader(remote, 0, 4).fingerprint == Loader(local, 0, 4).fingerprint
+        assert_same(batches(12, remote, 0, 4), batches(12, local, 0, 4))
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 3  # prefetched
 
 
-@pytest.mark.parametrize(
-    ("bad", "values", "message"),
-    [
-        ({"image": b"\x89PNG no picture"}, {}, r"x-000000\.tar:b\.png: not a readable picture"),
-        (
-            {"metadata": {}},
-            {"captions": {"templates": {"{text}, {style}": 1}}},
-            r"x-000000\.tar:b: caption template '\{text\}, \{style\}' names the field 'style'",
-        ),
-        (
-            {"metadata": {"captions": "red"}},
-            {"captions": {"languages": {"en": 1}}},
-            r"x-000000\.tar:b: captions must be a list",
-        ),
-        (
-            {"metadata": [1]},
-            {"captions": {"languages": {"en": 1}}},
-            r"x-000000\.tar:b\.json must be a JSON object; got a list",
-        ),
-    ],
-    ids=["picture", "template", "captions", "metadata"],
-)
-def test_an_error_in_a_worker_names_shard_and_key(
-    tmp_path: Path, bad: dict[str, Any], values: dict[str, Any], message: str
-) -> None:
-    loader = Loader(config(write(tmp_path, **bad), size_px=8, **values), 0, 3)
+def test_a_store_that_goes_away_is_counted(tmp_path: Path, server: FaultServer) -> None:
+    (path,) = write_pairs(tmp_path, [6])
+    server.files["/x.tar"] = Path(path).read_bytes()
+    storage = {"cache_dir": str(tmp_path / "cache"), "cache_gb": 0, "retries": 0}
+    index([f"{server.url}/x.tar"], tmp_path / "cache")
+    chosen = DataConfig.model_validate(
+        {"shards": [f"{server.url}/x.tar"], "size_px": 8, "storage": storage, "max_bad_rate": 1}
+    )
+    loader = Loader(chosen, 0, 6)
+    server.fault = "503"
+    iterator = iter(loader)
+    assert not next(iterator).valid.any()
+    server.fault = ""
+    while not (batch := next(iterator)).valid.all():  # what was under way already
+        assert batch.step < 4
+    assert set(loader.ledger.counts) == {"network"}
+    for key, caption, pixels in zip(batch.keys, batch.captions, batch.pixels, strict=True):  # pyright: ignore[reportArgumentType]
+        assert caption == caption_of(int(key))
+        assert np.array_equal(pixels, pixels_of(int(key)))
+
+
+# Mistakes
+
+
+def test_numbers_that_do_not_divide(shards: str) -> None:
+    chosen = config(shards)
+    with pytest.raises(ValueError, match=r"rank must be 0 to 1 of 2; got 2"):
+        Loader(chosen, 0, 8, rank=2, num_ranks=2)
+    message = (
+        r"3 rank\(s\) with 2 batch\(es\) a step must share batch_size evenly; got 8; take a "
+        "multiple of 6"
+    )
     with pytest.raises(ValueError, match=message):
-        next(iter(loader))
-    assert loader.cursor == 0  # nothing was handed over
+        Loader(chosen, 0, 8, num_ranks=3, splits=2)
+    message = (
+        "a run goes on at a whole step: cursor must be a multiple of batch_size 8; got 20; resume "
+        "with the batch size that it was saved with"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Loader(chosen, 0, 8, cursor=20)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Loader(chosen, 0, 8).cursor = 20
 
 
-@pytest.mark.parametrize("place", ["first", "middle"])
-def test_a_zeroed_block_in_a_payload_is_found_when_it_is_read(tmp_path: Path, place: str) -> None:
-    chance = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    data = io.BytesIO()
-    Image.fromarray(chance).save(data, format="PNG")
-    path = Path(write(tmp_path, image=data.getvalue()))
-    member = scan([str(path)]).samples[1].members["png"]
-    start = member.offset + (0 if place == "first" else 1024)
-    damaged = bytearray(path.read_bytes())
-    damaged[start : start + 512] = bytes(512)
-    path.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"x-000000\.tar:b\.png: not a readable picture"):
-        next(iter(Loader(config(str(path), size_px=8), 0, 3)))
-
-
-def test_a_caption_that_is_not_utf8(tmp_path: Path) -> None:
-    path = Path(write(tmp_path))
-    path.write_bytes(path.read_bytes().replace(b"caption b", b"caption \xff"))
-    with pytest.raises(ValueError, match=r"x-000000\.tar:b\.txt: caption is not UTF-8"):
-        next(iter(Loader(config(str(path), size_px=8), 0, 3)))
-
-
-def test_the_metadata_is_not_read_where_no_caption_needs_it(tmp_path: Path) -> None:
-    path = Path(write(tmp_path))
-    style = json.dumps({"style": "noto"}, separators=(",", ":")).encode()
-    path.write_bytes(path.read_bytes().replace(style, b"x" * len(style)))
-    (batch,) = batches(1, config(str(path), size_px=8), 0, 3)
-    assert sorted(batch.captions) == ["caption a", "caption b", "caption c"]
+def test_shards_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no shard matches '.*none-\*\.tar'"):
+        Loader(config(str(tmp_path / "none-*.tar")), 0, 8)
+    with pytest.raises(ValueError, match="give shards, or select"):
+        DataConfig()

@@ -57,7 +57,8 @@ def test_version(run_latentdiff: Any) -> None:
 
 COMMAND_LINES = [
     *("sample", "train", "explain", "config", "vae train", "vae reconstruct"),
-    *("data emoji", "data make", "data show"),
+    *("data emoji", "data make", "data show", "data index", "data verify", "data select"),
+    *("data stats", "data precompute", "data read"),
 ]
 
 

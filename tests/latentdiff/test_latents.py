@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
-from data_pipelines.loader import Batch, Loader
+from data_pipelines.loader import Loader
 from latentdiff.training.latents import LatentCache, encode_batch, posterior_noise
 from vae.autoencoder import Autoencoder
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.loader import Batch
+from data_pipelines.batch import Batch
 from latentdiff.build import build_schedule
 from latentdiff.config import DiffusionRun, load
 from latentdiff.loss import target
@@ -128,7 +128,21 @@ def spied(config: DiffusionRun, output: Tensor | None = None) -> Any:
 
 
 def batch_at(position: int, count: int) -> Batch:
-    return Batch(position, np.arange(count), ("",) * count, ("",) * count, None)
+    places, sizes = np.arange(count), np.zeros((count, 2), np.int32)
+    return Batch(
+        step=0,
+        positions=position + places,
+        ids=places,
+        valid=np.ones(count, dtype=bool),
+        keys=("",) * count,
+        captions=("",) * count,
+        pixels=None,
+        latents=None,
+        tokens=None,
+        original_size=sizes,
+        crop_top_left=sizes,
+        target_size=sizes,
+    )
 
 
 def clean_batch(count: int) -> Tensor:

@@ -1,0 +1,233 @@
+"""What samples does a data set have, and where does each lie? Shards and counts now, rows later."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from data_pipelines.config import OrderConfig, SourceConfig
+from data_pipelines.index import open_index
+from data_pipelines.recent import Recent
+from data_pipelines.selection import Selection, load_selection, select
+from data_pipelines.shards import IMAGE_EXTENSIONS
+from data_pipelines.sidecar import FIXED_COLUMNS, read_summary, read_table
+from data_pipelines.storage import Storage, expand_shards, is_local
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_ROWS_AHEAD = 2  # blocks of a stream whose rows are held
+_MAX_HELD = 4096  # shards whose rows are held, at most
+_MEMBERS = {
+    "picture": (*IMAGE_EXTENSIONS, "latents.npy"),
+    "txt": ("txt",),
+    "json": ("json",),
+    "tokens": ("tokens.npy",),
+}
+
+
+class Span(NamedTuple):
+    """Where members lie in their tar, one entry a sample; size -1 where there is none."""
+
+    offsets: np.ndarray
+    sizes: np.ndarray
+    crcs: np.ndarray
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """The samples of one tar that take part, in tar order.
+
+    Attributes:
+        url: of the tar.
+        num_bytes: of the tar, as indexed.
+        numbers: int32 [n], rows of the sidecar.
+        keys: [n].
+        widths: int32 [n], pixels.
+        heights: int32 [n], pixels.
+        members: `picture` (or latents), `txt`, `json` and `tokens`.
+        extensions: [n] of the pictures.
+    """
+
+    url: str
+    num_bytes: int
+    numbers: np.ndarray
+    keys: tuple[str, ...]
+    widths: np.ndarray
+    heights: np.ndarray
+    members: dict[str, Span]
+    extensions: np.ndarray
+    _sidecar: str = field(repr=False)
+    _storage: Storage = field(repr=False)
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return read_table(self._sidecar, storage=self._storage)
+
+    def stored_caption(self, row: int) -> str:
+        """The caption in the index, for samples that have no .txt."""
+        return self._table["caption"][int(self.numbers[row])].as_py() or ""
+
+    def stored_metadata(self, row: int) -> dict[str, Any]:
+        """The metadata in the index, for samples that have no .json: img2dataset's table."""
+        names = [name for name in self._table.column_names if name not in FIXED_COLUMNS]
+        values = {name: self._table[name][int(self.numbers[row])].as_py() for name in names}
+        return {_field_name(name): value for name, value in values.items() if value is not None}
+
+
+class Dataset:
+    """One data set: its shards, how many samples of each take part, and their rows on demand.
+
+    Args:
+        config: shards or a selection, and a filter.
+        order: how it will be shuffled: decides how many shards' rows are held.
+        storage: how what is not local is read.
+
+    Raises:
+        ValueError: no shard, no usable sample, or nothing that the filter lets in.
+    """
+
+    def __init__(self, config: SourceConfig, order: OrderConfig, storage: Storage) -> None:
+        self._storage = storage
+        self.selection: Selection | None = None
+        if config.select is not None:
+            self.selection = load_selection(config.select)
+        else:
+            urls = expand_shards(config.shards, storage)
+            self.shards = open_index(
+                urls, config.index, storage=storage, progress=_announcer("indexing tars")
+            )
+            if config.where:
+                where = config.where
+                plain = where if isinstance(where, str) else {k: list(v) for k, v in where.items()}
+                self.selection = select(self.shards, plain, storage=storage)
+        if self.selection is not None:
+            self.shards = self.selection.shards
+            self.counts, self.fingerprint = self.selection.num_selected, self.selection.fingerprint
+        else:
+            self.counts, self.fingerprint = self.shards.num_samples, self.shards.fingerprint
+        self.num_samples = int(self.counts.sum())
+        self.num_usable = int(self.shards.num_samples.sum())
+        self.is_local = all(map(is_local, self.shards.urls))
+        mean = max(self.num_samples / len(self.counts), 1)
+        held = order.streams * (_ROWS_AHEAD * order.block_samples / mean + _ROWS_AHEAD)
+        size = int(min(max(held, 64), _MAX_HELD))
+        self._rows: Recent[int, ShardRows] = Recent(size)
+        self._sizes: Recent[int, tuple[np.ndarray, np.ndarray]] = Recent(2 * size)
+
+    def num_bytes(self, shard: int) -> int:
+        """Size of a tar, as indexed."""
+        return int(self.shards.num_bytes[shard])
+
+    def rows(self, shard: int) -> ShardRows:
+        """The samples of a shard.
+
+        Raises:
+            ValueError: its sidecar is missing, or is not the one that the manifest names.
+        """
+        return self._rows.get(shard, lambda: self._read(shard))
+
+    def sizes(self, shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(widths, heights) in pixels of samples by shard [n] and row [n]."""
+        widths, heights = np.empty(len(shards), np.int32), np.empty(len(shards), np.int32)
+        by_shard = np.argsort(shards, kind="stable")
+        numbers, starts = np.unique(shards[by_shard], return_index=True)
+        for number, part in zip(numbers, np.split(by_shard, starts[1:]), strict=True):
+            w, h = self._sizes.get(int(number), lambda n=int(number): self._read_sizes(n))
+            widths[part], heights[part] = w[rows[part]], h[rows[part]]
+        return widths, heights
+
+    def _read_sizes(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        columns = ["fault", "width", "height"]
+        table = read_table(self.shards.sidecars[shard], columns, self._storage)
+        numbers = self._numbers(shard, table)
+        return _integers(table["width"], numbers), _integers(table["height"], numbers)
+
+    def _read(self, shard: int) -> ShardRows:
+        sidecar = self.shards.sidecars[shard]
+        if self.selection is not None:
+            self.selection.check(shard, read_summary(sidecar, self._storage))
+        columns = ["key", "fault", "extensions", "offsets", "sizes", "crcs", "width", "height"]
+        table = read_table(sidecar, columns, self._storage)
+        numbers = self._numbers(shard, table)
+        members, extensions = _spans(table, numbers)
+        return ShardRows(
+            url=self.shards.urls[shard],
+            num_bytes=int(self.shards.num_bytes[shard]),
+            numbers=numbers,
+            keys=tuple(table["key"].take(numbers).to_pylist()),
+            widths=_integers(table["width"], numbers),
+            heights=_integers(table["height"], numbers),
+            members=members,
+            extensions=extensions,
+            _sidecar=sidecar,
+            _storage=self._storage,
+        )
+
+    def _numbers(self, shard: int, table: pa.Table) -> np.ndarray:
+        if self.selection is not None:
+            return self.selection.rows(shard)
+        numbers = np.flatnonzero(table["fault"].is_null().to_numpy()).astype(np.int32)
+        if len(numbers) != self.counts[shard]:
+            raise ValueError(
+                f"{self.shards.sidecars[shard]} has {len(numbers)} usable samples, its manifest "
+                f"says {self.counts[shard]}; run `latentdiff data index` again"
+            )
+        return numbers
+
+
+def _spans(table: pa.Table, numbers: np.ndarray) -> tuple[dict[str, Span], np.ndarray]:
+    """Members by their use, and the pictures' extensions."""
+    lists = table["extensions"].combine_chunks()
+    coded = lists.flatten().dictionary_encode()
+    names = np.array(coded.dictionary.to_pylist(), dtype=object)
+    codes = coded.indices.to_numpy()
+    lengths = np.diff(lists.offsets.to_numpy())
+    owners = np.repeat(np.arange(len(lists)), lengths)  # the sidecar's row of each member
+    values = [
+        table[name].combine_chunks().flatten().to_numpy() for name in ("offsets", "sizes", "crcs")
+    ]
+    spans: dict[str, Span] = {}
+    extensions = np.full(len(lists), None, dtype=object)
+    for use, wanted in _MEMBERS.items():
+        flat = np.flatnonzero(np.isin(codes, np.flatnonzero(np.isin(names, wanted))))
+        flat = flat[::-1]  # of several, the first in the tar stays
+        arrays = []
+        for i, value in enumerate(values):
+            array = np.full(len(lists), -1 if i == 1 else 0, dtype=np.int64)
+            array[owners[flat]] = value[flat]
+            arrays.append(array[numbers])
+        spans[use] = Span(*arrays)
+        if use == "picture":
+            extensions[owners[flat]] = names[codes[flat]]
+    return spans, extensions[numbers]
+
+
+def _field_name(column: str) -> str:
+    """What the metadata calls a column (the sidecar has columns of its own: `json_width`)."""
+    name = column.removeprefix("json_")
+    return name if name.lower() in FIXED_COLUMNS else column
+
+
+def _integers(column: pa.ChunkedArray, numbers: np.ndarray) -> np.ndarray:
+    return column.fill_null(0).to_numpy()[numbers].astype(np.int32)
+
+
+def _announcer(what: str) -> Callable[[str, int, int | None], None]:
+    """Says on stderr now and then how far work has come that a run waits for."""
+    last = time.monotonic()
+
+    def announce(_stage: str, done: int, total: int | None) -> None:
+        nonlocal last
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            print(f"{what}: {json.dumps(done)} of {total}", file=sys.stderr, flush=True)
+
+    return announce

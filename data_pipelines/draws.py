@@ -1,0 +1,205 @@
+"""Which samples does a step of the run take, and which of them does a rank take?
+
+Data sets, mixture, order and buckets together: pure functions of the step's number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipelines.buckets import BucketPlan, Chapter, Shape
+from data_pipelines.config import DataConfig
+from data_pipelines.dataset import Dataset
+from data_pipelines.mixture import Mixture
+from data_pipelines.order import Order
+from data_pipelines.recent import Recent
+
+_EMPTY = -1
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Some samples of a step, in the order of their positions; one entry a place in the batch.
+
+    Attributes:
+        step: number of the batch since the start of the run.
+        shape: (height, width) of its pictures; None where the config has one size for all.
+        positions: int64 [n], places since the start of the run: step * batch_size + place.
+        ids: int64 [n], numbers among the samples of all data sets; -1 where a place stays empty.
+        sources: int64 [n], data sets.
+        shards: int64 [n].
+        rows: int64 [n], among the samples of the shard that take part.
+        streams: int64 [n], canonical streams.
+    """
+
+    step: int
+    shape: Shape | None
+    positions: np.ndarray
+    ids: np.ndarray
+    sources: np.ndarray
+    shards: np.ndarray
+    rows: np.ndarray
+    streams: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def take(self, numbers: np.ndarray) -> Draws:
+        """The entries `numbers` [m]."""
+        arrays = (self.positions, self.ids, self.sources, self.shards, self.rows, self.streams)
+        return Draws(self.step, self.shape, *(array[numbers] for array in arrays))
+
+
+class Plan:
+    """The steps of a run.
+
+    Args:
+        datasets: one, or those of the mixture.
+        config: mixture, order and buckets.
+        seed: of the run.
+        batch_size: places of a step, over all ranks.
+
+    Raises:
+        ValueError: a data set has fewer samples than streams; the mixture's or buckets' numbers
+            don't work out.
+    """
+
+    def __init__(
+        self, datasets: Sequence[Dataset], config: DataConfig, seed: int, batch_size: int
+    ) -> None:
+        self.datasets = datasets
+        self.batch_size = batch_size
+        self.orders = [
+            Order(d.counts, d.fingerprint, seed, config.order.streams, config.order.block_samples)
+            for d in datasets
+        ]
+        sizes = [dataset.num_samples for dataset in datasets]
+        self.first_ids = np.concatenate([[0], np.cumsum(sizes)])
+        self.num_samples = int(self.first_ids[-1])
+        self.mixture = (
+            Mixture([source.weight for source in config.sources]) if len(datasets) > 1 else None
+        )
+        exact = config.payload == "latents"
+        self.buckets = (
+            BucketPlan(config.buckets, batch_size, exact) if config.buckets is not None else None
+        )
+        parts = [dataset.fingerprint for dataset in datasets]
+        rest = config.model_dump_json(include={"order", "buckets", "payload"})
+        weights = [source.weight for source in config.sources]
+        digest = hashlib.sha256("\n".join([*parts, str(weights), rest]).encode())
+        self.fingerprint = digest.hexdigest()
+        self._chapters: Recent[int, tuple[Chapter, Draws]] = Recent(3)
+
+    def step(self, step: int) -> Draws:
+        """All places of a step."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        if self.buckets is None:
+            return self._at(step, None, positions, positions)
+        chapter, draws = self.chapter(step // self.buckets.chapter_steps)
+        batch = chapter.batches[step % self.buckets.chapter_steps]
+        num_empty = self.batch_size - len(batch.members)
+        found = draws.take(np.concatenate([batch.members, np.zeros(num_empty, dtype=np.int64)]))
+        is_empty = np.arange(self.batch_size) >= len(batch.members)
+        return Draws(
+            step,
+            batch.shape,
+            positions,
+            np.where(is_empty, _EMPTY, found.ids),
+            found.sources,
+            found.shards,
+            found.rows,
+            found.streams,
+        )
+
+    def rank(self, step: int, rank: int, num_ranks: int) -> Draws:
+        """A rank's places of a step: equally many on every rank.
+
+        Places are dealt by canonical stream, so that a rank keeps to its own streams where their
+        number divides the batch size and the ranks divide it.
+        """
+        draws = self.step(step)
+        share = len(draws) // num_ranks
+        by_stream = np.lexsort((draws.positions, draws.streams))
+        return draws.take(np.sort(by_stream[rank * share : (rank + 1) * share]))
+
+    def chapter(self, number: int) -> tuple[Chapter, Draws]:
+        """The batches of a chapter, and its samples."""
+        return self._chapters.get(number, lambda: self._chapter(number))
+
+    def left_out(self, step: int) -> Draws | None:
+        """The samples of a chapter that no bucket fits, at its first step; else None."""
+        if self.buckets is None or step % self.buckets.chapter_steps:
+            return None
+        chapter, draws = self.chapter(step // self.buckets.chapter_steps)
+        return draws.take(chapter.rejected)
+
+    def shards_ahead(
+        self, step: int, num_steps: int, rank: int = 0, num_ranks: int = 1
+    ) -> list[tuple[int, int]]:
+        """(data set, shard) that a rank reads from in some steps, and then in the blocks after."""
+        ahead: dict[tuple[int, int], None] = {}
+        streams: list[set[int]] = [set() for _ in self.orders]
+        for later in range(step, step + num_steps):
+            draws = self.rank(later, rank, num_ranks)
+            draws = draws.take(np.flatnonzero(draws.ids != _EMPTY))
+            read = np.unique(np.stack([draws.sources, draws.shards, draws.streams]), axis=1)
+            for source, shard, number in read.T.tolist():
+                ahead[source, shard] = None
+                streams[source].add(number)
+        counts = self._reached(step + num_steps)
+        for source, order in enumerate(self.orders):
+            for shard in order.shards_ahead(counts[source], np.array(sorted(streams[source]))):
+                ahead[source, shard] = None
+        return list(ahead)
+
+    def _reached(self, step: int) -> list[int]:
+        """Position of each data set's order at about a step."""
+        place = step * self.batch_size
+        if self.buckets is not None:  # batches of a chapter stand where they fill
+            place = step * self.buckets.chapter_samples // self.buckets.chapter_steps
+        return [place] if self.mixture is None else self.mixture.before(place).tolist()
+
+    def _chapter(self, number: int) -> tuple[Chapter, Draws]:
+        assert self.buckets is not None
+        size = self.buckets.chapter_samples
+        positions = np.arange(number * size, (number + 1) * size)
+        draws = self._at(number, None, positions, positions)
+        widths, heights = np.empty(size, np.int64), np.empty(size, np.int64)
+        for source, dataset in enumerate(self.datasets):
+            here = np.flatnonzero(draws.sources == source)
+            if len(here):
+                found = dataset.sizes(draws.shards[here], draws.rows[here])
+                widths[here], heights[here] = found
+        chapter = self.buckets.plan(widths, heights)
+        if len(chapter.rejected) == size:
+            raise ValueError(
+                f"none of the {size} samples from place {number * size} on has a bucket within "
+                f"buckets.max_crop {self.buckets.config.max_crop:g}; the first has "
+                f"{widths[0]}x{heights[0]} px; raise it or buckets.max_aspect, or give other data"
+            )
+        return chapter, draws
+
+    def _at(
+        self, step: int, shape: Shape | None, positions: np.ndarray, places: np.ndarray
+    ) -> Draws:
+        """Draws at some places of the order, without buckets."""
+        if self.mixture is None:
+            found = self.orders[0].at(places)
+            sources = np.zeros_like(places)
+            return Draws(
+                step, shape, positions, found.ids, sources, found.shards, found.rows, found.streams
+            )
+        sources, counts = self.mixture.at(places)
+        ids, shards, rows, streams = (np.empty_like(places) for _ in range(4))
+        for source, order in enumerate(self.orders):
+            here = np.flatnonzero(sources == source)
+            if len(here):
+                found = order.at(counts[here])
+                ids[here] = self.first_ids[source] + found.ids
+                shards[here], rows[here] = found.shards, found.rows
+                streams[here] = found.streams
+        return Draws(step, shape, positions, ids, sources, shards, rows, streams)
