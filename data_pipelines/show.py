@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.decode import open_image
+from data_pipelines.indexing import local_copy
 from data_pipelines.shards import IMAGE_EXTENSIONS, read_shard
+from data_pipelines.storage import Storage, is_local
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -36,7 +38,7 @@ def contact_sheet(
     Latin alone.
 
     Args:
-        shards: paths of tars, in order.
+        shards: paths or URLs of tars, in order.
         out_png: the file to write; replaced as a whole.
         num: samples, at most.
         columns: samples in a row.
@@ -152,9 +154,12 @@ def _font() -> Font:
 
 
 def _all(shards: Sequence[str]) -> Iterator[dict[str, Any]]:
+    storage = Storage()
     for shard in shards:
-        for sample in read_shard(shard):
-            yield {**sample, "__shard__": shard}
+        size = 0 if is_local(shard) else storage.stat(shard).num_bytes
+        with local_copy(shard, size, storage) as path:
+            for sample in read_shard(path):
+                yield {**sample, "__shard__": shard}
 
 
 def _picture(sample: dict[str, Any], cell_px: int) -> Image.Image:
