@@ -127,7 +127,10 @@ class ShardCache:
     def prefetch(self, urls_and_sizes: Iterable[tuple[str, int]]) -> None:
         """Download files in the background, in order, unless they are there or on their way.
 
-        What fails is left to `fetch`, which says why; so is what another process is at.
+        What an earlier call named and nobody has begun is dropped: where the network is slower than
+        the reader it lies behind by now, or is named again. Nor is more begun than the cache holds:
+        it would push out what is needed sooner. What fails is left to `fetch`, which says why; so
+        is what another process is at.
         """
         if self.max_bytes == 0:
             return
@@ -136,8 +139,16 @@ class ShardCache:
         with self._lock:
             if self._cancel.is_set():
                 return
+            self._wanted.difference_update(url for url, _ in self._queue)
+            self._queue.clear()
+            room = self.max_bytes
             for url, num_bytes in urls_and_sizes:
-                if url not in self._wanted and num_bytes <= self.max_bytes:
+                if num_bytes > self.max_bytes:
+                    continue
+                room -= num_bytes
+                if room < 0:
+                    break
+                if url not in self._wanted:
                     self._wanted.add(url)
                     self._queue.append((url, num_bytes))
             idle = self.storage.config.prefetch_threads - len(self._threads)
@@ -161,6 +172,12 @@ class ShardCache:
             threads = list(self._threads)
         for thread in threads:
             thread.join(_CLOSE_S)
+
+    def resume(self) -> None:
+        """Let prefetching begin again after `close`."""
+        with self._lock:
+            if self._cancel.is_set():
+                self._cancel = threading.Event()
 
     def _reset(self) -> None:
         self._pid = os.getpid()

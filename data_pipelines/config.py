@@ -95,7 +95,8 @@ class OrderConfig(_Frozen):
 
     Attributes:
         streams: canonical streams, which ranks divide among themselves; a divisor of the batch size
-            that the number of ranks divides keeps every rank to its own share of the shards.
+            that the number of ranks divides keeps every rank to its own share of the shards (but
+            for buckets, whose batches are mixed from all streams).
         block_samples: neighbouring samples of a stream that are shuffled together. A stream has the
             shards of one block open, so this bounds the cache.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -17,7 +18,7 @@ from data_pipelines.index import open_index
 from data_pipelines.recent import Recent
 from data_pipelines.selection import Selection, load_selection, select
 from data_pipelines.shards import IMAGE_EXTENSIONS
-from data_pipelines.sidecar import FIXED_COLUMNS, read_summary, read_table
+from data_pipelines.sidecar import FIXED_COLUMNS, read_table, summary_of
 from data_pipelines.storage import Storage, expand_shards, is_local
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class ShardRows:
         """The metadata in the index, for samples that have no .json: img2dataset's table."""
         names = [name for name in self._table.column_names if name not in FIXED_COLUMNS]
         values = {name: self._table[name][int(self.numbers[row])].as_py() for name in names}
-        return {_field_name(name): value for name, value in values.items() if value is not None}
+        return {_field_name(n): _value(v) for n, v in values.items() if v is not None}
 
 
 class Dataset:
@@ -145,17 +146,13 @@ class Dataset:
         return widths, heights
 
     def _read_sizes(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        columns = ["fault", "width", "height"]
-        table = read_table(self.shards.sidecars[shard], columns, self._storage)
+        table = self._table(shard, ["fault", "width", "height"])
         numbers = self._numbers(shard, table)
         return _integers(table["width"], numbers), _integers(table["height"], numbers)
 
     def _read(self, shard: int) -> ShardRows:
-        sidecar = self.shards.sidecars[shard]
-        if self.selection is not None:
-            self.selection.check(shard, read_summary(sidecar, self._storage))
         columns = ["key", "fault", "extensions", "offsets", "sizes", "crcs", "width", "height"]
-        table = read_table(sidecar, columns, self._storage)
+        table = self._table(shard, columns)
         numbers = self._numbers(shard, table)
         members, extensions = _spans(table, numbers)
         return ShardRows(
@@ -167,20 +164,33 @@ class Dataset:
             heights=_integers(table["height"], numbers),
             members=members,
             extensions=extensions,
-            _sidecar=sidecar,
+            _sidecar=self.shards.sidecars[shard],
             _storage=self._storage,
         )
+
+    def _table(self, shard: int, columns: list[str]) -> pa.Table:
+        """Rows of a sidecar, which must be the one that the order was made of."""
+        sidecar = self.shards.sidecars[shard]
+        try:
+            table = read_table(sidecar, columns, self._storage)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{sidecar} is not there any more; run `latentdiff data index` again"
+            ) from None
+        summary = summary_of(table, sidecar)
+        if self.selection is not None:
+            self.selection.check(shard, summary)
+        elif summary.digest != self.shards.digests[shard]:
+            raise ValueError(
+                f"{sidecar} is of other samples than its manifest names; were the tars written "
+                "anew? Start this run again"
+            )
+        return table
 
     def _numbers(self, shard: int, table: pa.Table) -> np.ndarray:
         if self.selection is not None:
             return self.selection.rows(shard)
-        numbers = np.flatnonzero(table["fault"].is_null().to_numpy()).astype(np.int32)
-        if len(numbers) != self.counts[shard]:
-            raise ValueError(
-                f"{self.shards.sidecars[shard]} has {len(numbers)} usable samples, its manifest "
-                f"says {self.counts[shard]}; run `latentdiff data index` again"
-            )
-        return numbers
+        return np.flatnonzero(table["fault"].is_null().to_numpy()).astype(np.int32)
 
 
 def _spans(table: pa.Table, numbers: np.ndarray) -> tuple[dict[str, Span], np.ndarray]:
@@ -214,6 +224,14 @@ def _field_name(column: str) -> str:
     """What the metadata calls a column (the sidecar has columns of its own: `json_width`)."""
     name = column.removeprefix("json_")
     return name if name.lower() in FIXED_COLUMNS else column
+
+
+def _value(stored: Any) -> Any:
+    """A column's value; lists and objects stand there as JSON."""
+    if isinstance(stored, str) and stored[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError):
+            return json.loads(stored)
+    return stored
 
 
 def _integers(column: pa.ChunkedArray, numbers: np.ndarray) -> np.ndarray:

@@ -33,7 +33,9 @@ class Draws:
         sources: int64 [n], data sets.
         shards: int64 [n].
         rows: int64 [n], among the samples of the shard that take part.
-        streams: int64 [n], canonical streams.
+        streams: int64 [n], canonical streams of their data set in its present epoch.
+        lanes: int64 [n], what ranks are dealt by: those of one lane share a stream in every epoch
+            of every data set.
     """
 
     step: int
@@ -44,13 +46,15 @@ class Draws:
     shards: np.ndarray
     rows: np.ndarray
     streams: np.ndarray
+    lanes: np.ndarray
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def take(self, numbers: np.ndarray) -> Draws:
         """The entries `numbers` [m]."""
-        arrays = (self.positions, self.ids, self.sources, self.shards, self.rows, self.streams)
+        arrays = (self.positions, self.ids, self.sources, self.shards, self.rows, self.streams,
+                  self.lanes)  # fmt: skip
         return Draws(self.step, self.shape, *(array[numbers] for array in arrays))
 
 
@@ -83,6 +87,10 @@ class Plan:
         self.mixture = (
             Mixture([source.weight for source in config.sources]) if len(datasets) > 1 else None
         )
+        if self.mixture is not None:
+            lanes = np.arange(config.order.streams)
+            self._lane_starts = lanes * self.mixture.cycle // len(lanes)
+            self._skipped = np.stack([self.mixture.before(int(s)) for s in self._lane_starts])
         exact = config.payload == "latents"
         self.buckets = (
             BucketPlan(config.buckets, batch_size, exact) if config.buckets is not None else None
@@ -113,18 +121,24 @@ class Plan:
             found.shards,
             found.rows,
             found.streams,
+            found.lanes,
         )
 
     def rank(self, step: int, rank: int, num_ranks: int) -> Draws:
         """A rank's places of a step: equally many on every rank.
 
-        Places are dealt by canonical stream, so that a rank keeps to its own streams where their
-        number divides the batch size and the ranks divide it.
+        Places are dealt by lane, so that without buckets a rank keeps to its own streams where
+        their number divides the batch size and the ranks divide it. Those that stay empty are dealt
+        evenly, so that no rank is left without samples while another has several.
         """
         draws = self.step(step)
         share = len(draws) // num_ranks
-        by_stream = np.lexsort((draws.positions, draws.streams))
-        return draws.take(np.sort(by_stream[rank * share : (rank + 1) * share]))
+        is_empty = draws.ids == _EMPTY
+        full, empty = np.flatnonzero(~is_empty), np.flatnonzero(is_empty)
+        by_lane = full[np.lexsort((draws.positions[full], draws.lanes[full]))]
+        begin, end = (len(full) * number // num_ranks for number in (rank, rank + 1))
+        rest = empty[rank * share - begin : (rank + 1) * share - end]
+        return draws.take(np.sort(np.concatenate([by_lane[begin:end], rest])))
 
     def chapter(self, number: int) -> tuple[Chapter, Draws]:
         """The batches of a chapter, and its samples."""
@@ -136,6 +150,22 @@ class Plan:
             return None
         chapter, draws = self.chapter(step // self.buckets.chapter_steps)
         return draws.take(chapter.rejected)
+
+    def empty_before(self, step: int) -> tuple[int, int]:
+        """(places before a step that stay empty, first place of the step's chapter).
+
+        In earlier chapters, samples that no bucket fits left as many places empty again; to count
+        them all those chapters would have to be planned, but the ledger names them.
+        """
+        if self.buckets is None:
+            return 0, 0
+        size = self.buckets.chapter_steps * self.batch_size
+        number, done = divmod(step, self.buckets.chapter_steps)
+        num_empty = number * (size - self.buckets.chapter_samples)
+        if done:
+            batches = self.chapter(number)[0].batches[:done]
+            num_empty += done * self.batch_size - sum(len(batch.members) for batch in batches)
+        return num_empty, number * size
 
     def shards_ahead(
         self, step: int, num_steps: int, rank: int = 0, num_ranks: int = 1
@@ -161,7 +191,10 @@ class Plan:
         place = step * self.batch_size
         if self.buckets is not None:  # batches of a chapter stand where they fill
             place = step * self.buckets.chapter_samples // self.buckets.chapter_steps
-        return [place] if self.mixture is None else self.mixture.before(place).tolist()
+        if self.mixture is None:
+            return [place]
+        lanes = self.orders[0].num_streams
+        return (self.mixture.before(place // lanes) * lanes).tolist()
 
     def _chapter(self, number: int) -> tuple[Chapter, Draws]:
         assert self.buckets is not None
@@ -190,10 +223,19 @@ class Plan:
         if self.mixture is None:
             found = self.orders[0].at(places)
             sources = np.zeros_like(places)
+            lanes = places % self.orders[0].num_streams
             return Draws(
-                step, shape, positions, found.ids, sources, found.shards, found.rows, found.streams
+                step,
+                shape,
+                positions,
+                found.ids,
+                sources,
+                found.shards,
+                found.rows,
+                found.streams,
+                lanes,
             )
-        sources, counts = self.mixture.at(places)
+        sources, counts, lanes = self._mixed(places)
         ids, shards, rows, streams = (np.empty_like(places) for _ in range(4))
         for source, order in enumerate(self.orders):
             here = np.flatnonzero(sources == source)
@@ -202,4 +244,16 @@ class Plan:
                 ids[here] = self.first_ids[source] + found.ids
                 shards[here], rows[here] = found.shards, found.rows
                 streams[here] = found.streams
-        return Draws(step, shape, positions, ids, sources, shards, rows, streams)
+        return Draws(step, shape, positions, ids, sources, shards, rows, streams, lanes)
+
+    def _mixed(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(data sets, positions in their orders, lanes) of places of the mixture, [n] each.
+
+        Every lane goes through the mixture's cycle by itself, each from another point of it on, and
+        takes the positions of its own lane from each data set.
+        """
+        assert self.mixture is not None
+        num_lanes = self.orders[0].num_streams
+        rounds, lanes = np.divmod(places, num_lanes)
+        sources, counts = self.mixture.at(rounds + self._lane_starts[lanes])
+        return sources, (counts - self._skipped[lanes, sources]) * num_lanes + lanes, lanes

@@ -323,9 +323,10 @@ def _gather(
     bad: Counter[str] = Counter(fault.reason for fault in failed)
     for text, count in Counter(entry.bad for entry in entries).items():
         bad.update({reason: n * count for reason, n in json.loads(text).items()})
+    heads = {place: join(place, "") for _, place, _ in there}
     return IndexedShards(
         urls=tuple(url for url, _, _ in there),
-        sidecars=tuple(join(place, sidecar_name(entry.name)) for _, place, entry in there),
+        sidecars=tuple(heads[place] + sidecar_name(entry.name) for _, place, entry in there),
         num_rows=np.array([entry.num_rows for entry in entries], np.int64),
         num_samples=np.array([entry.num_samples for entry in entries], np.int64),
         num_bytes=np.array([entry.num_bytes for entry in entries], np.int64),

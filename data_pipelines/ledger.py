@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TextIO, get_args
 
 Reason = Literal[
     "missing shard",  # the tar is not there
@@ -80,27 +80,38 @@ class Ledger:
             picture of the first three stops nothing.
         path: a JSON-lines file that gets every skip; null: none. What an earlier run wrote there
             is taken over, as far as `cursor`.
-        cursor: draws of the run that are done already, on all ranks.
+        cursor: places of the run that are done already, on all ranks.
         num_ranks: that share them.
+        num_empty: of those places, the ones that the plan left empty; besides them are those of
+            samples without a bucket before...
+        chapter: ...this place, where the plan's chapter begins.
     """
 
     def __init__(
-        self, max_bad_rate: float, path: Path | None = None, cursor: int = 0, num_ranks: int = 1
+        self,
+        max_bad_rate: float,
+        path: Path | None = None,
+        cursor: int = 0,
+        num_ranks: int = 1,
+        num_empty: int = 0,
+        chapter: int = 0,
     ) -> None:
         self.max_bad_rate = max_bad_rate
         self.path = path
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, Skip] = {}
+        num_lost = 0
         if path is not None:
             kept = [skip for skip in _read(path) if skip.position < cursor]
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.part")
-            partial.write_text("".join(map(_line, kept)), encoding="utf-8")
+            with _open(partial, "w") as file:
+                file.writelines(map(_line, kept))
             os.replace(partial, path)
             for skip in kept:
                 self._count(skip)
-        num_lost = self.num_skipped - self.counts["aspect ratio"]  # those never had a place
-        self.num_delivered = max(cursor // num_ranks - num_lost, 0)
+                num_lost += skip.reason != "aspect ratio" or skip.position < chapter
+        self.num_delivered = max((cursor - num_empty) // num_ranks - num_lost, 0)
 
     @property
     def num_skipped(self) -> int:
@@ -125,7 +136,7 @@ class Ledger:
         for skip in skips:
             self._count(skip)
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with _open(self.path, "a") as file:
                 file.write("".join(map(_line, skips)))
         draws = self.num_delivered + self.num_bad
         if self.num_bad > self.max_bad_rate * max(draws, _FEW):
@@ -182,9 +193,15 @@ def _read(path: Path) -> list[Skip]:
     """The skips in a file; its last line may have been cut by the end of the run."""
     skips: list[Skip] = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                skips.append(Skip(**json.loads(line)))
-            except (ValueError, TypeError):
-                continue
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            for line in file:  # splitlines would cut at U+2028 and the like, which names may hold
+                try:
+                    skips.append(Skip(**json.loads(line)))
+                except (ValueError, TypeError):
+                    continue
     return skips
+
+
+def _open(path: Path, mode: Literal["a", "w"]) -> TextIO:
+    """For writing; names of files that are no Unicode are written all the same."""
+    return open(path, mode, encoding="utf-8", errors="surrogatepass", newline="\n")

@@ -110,7 +110,11 @@ class Loader:
         """What was delivered and what was not, since the start of the run."""
         if self._ledger is None:
             self._ledger = Ledger(
-                self.config.max_bad_rate, self._ledger_path, self.cursor, self.num_ranks
+                self.config.max_bad_rate,
+                self._ledger_path,
+                self.cursor,
+                self.num_ranks,
+                *self.plan.empty_before(self.cursor // self.batch_size),
             )
         return self._ledger
 
@@ -162,11 +166,13 @@ class Loader:
                 pool = stack.enter_context(ThreadPoolExecutor(workers, "decode"))
                 planner = stack.enter_context(ThreadPoolExecutor(1, "plan"))
                 stack.callback(lambda: pool.shutdown(wait=False, cancel_futures=True))
+                stack.callback(self.reader.stop)  # or they would wait for a server's answer
             ahead: list[_Pending] = []
-            step = self.cursor // self.batch_size
+            step = begin = self.cursor // self.batch_size
             while True:
                 while len(ahead) < (_STEPS_AHEAD if workers else 1):
-                    ahead.append(self._submit(step + len(ahead), pool, planner))
+                    later = step + len(ahead)
+                    ahead.append(self._submit(later, later == begin, pool, planner))
                 batches = self._collect(ahead.pop(0))
                 for i, batch in enumerate(batches):
                     if i == len(batches) - 1:
@@ -189,7 +195,7 @@ class Loader:
         own = np.array([index - self.plan.first_ids[source]])
         shards, rows = self.plan.orders[source].shard_of(own)
         zero = np.zeros(1, dtype=np.int64)
-        return Draws(0, None, zero + index, zero + index, zero + source, shards, rows, zero)
+        return Draws(0, None, zero + index, zero + index, zero + source, shards, rows, zero, zero)
 
     def captions(self, index: int, positions: Sequence[int]) -> list[str]:
         """The captions that a sample has at some positions, without its picture.
@@ -200,15 +206,19 @@ class Loader:
         return self._assembler.captions(self.locate(index), positions)
 
     def _submit(
-        self, step: int, pool: ThreadPoolExecutor | None, planner: ThreadPoolExecutor | None
+        self,
+        step: int,
+        is_first: bool,
+        pool: ThreadPoolExecutor | None,
+        planner: ThreadPoolExecutor | None,
     ) -> _Pending:
         draws = self.plan.rank(step, self.rank, self.num_ranks)
         skips = self._left_out(step)
         if self.plan.buckets is not None and planner is not None:
             chapter, place = divmod(step, self.plan.buckets.chapter_steps)
-            if place == 0:  # the next one is ready by the time it is needed
+            if place == 0 or is_first:  # the next one is ready by the time it is needed
                 planner.submit(self.plan.chapter, chapter + 1)
-        if step % _PREFETCH_STEPS == 0 or step * self.batch_size == self.cursor:
+        if step % _PREFETCH_STEPS == 0 or is_first:
             self._prefetch(step)
         blank = self._assembler.blank(draws)
         if pool is None:

@@ -7,10 +7,9 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
 from functools import lru_cache
-from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from data_pipelines.config import StorageConfig
 from data_pipelines.storage import Stat, Storage, StorageError, is_local, local_path
@@ -19,8 +18,7 @@ MANIFEST = "index-manifest.parquet"
 _WRITABLE = ("s3", "gs", "gcs", "az", "abfs")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):  # made at five times the speed of a dataclass: there may be 100,000
     """What the manifest says of a tar; see `sidecar.Summary`. `bad` is JSON."""
 
     name: str
@@ -37,7 +35,7 @@ class Entry:
         return (self.num_bytes, self.stamp) == (stat.num_bytes, stat.stamp)
 
 
-ENTRY_COLUMNS = tuple(f.name for f in fields(Entry))
+ENTRY_COLUMNS = Entry._fields
 
 
 def split(url: str) -> tuple[str, str]:
@@ -99,7 +97,7 @@ def read_manifest(folder: str, storage: Storage) -> dict[str, Entry]:
     try:
         columns = pq.read_table(pa.BufferReader(data), columns=list(ENTRY_COLUMNS)).to_pydict()
         entries = zip(*(columns[name] for name in ENTRY_COLUMNS), strict=True)
-        return {values[0]: Entry(*values) for values in entries}
+        return {entry.name: entry for entry in map(Entry._make, entries)}
     except (pa.ArrowInvalid, KeyError):  # not ours or damaged: it is made again from the sidecars
         return {}
 
@@ -116,7 +114,7 @@ def merge_manifest(folder: str, entries: Iterable[Entry], storage: Storage) -> N
     with locked(folder, "manifest"):
         merged = read_manifest(folder, storage)
         merged.update((entry.name, entry) for entry in entries)
-        rows = [attrgetter(*ENTRY_COLUMNS)(merged[name]) for name in sorted(merged)]
+        rows = [merged[name] for name in sorted(merged)]
         columns = dict(zip(ENTRY_COLUMNS, zip(*rows, strict=True), strict=True))
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table({k: pa.array(v) for k, v in columns.items()}), sink)

@@ -35,6 +35,7 @@ class Mixture:
                 f"weights {list(weights)} repeat after {cycle} draws only; expected at most "
                 f"{_MAX_CYCLE}; round them, as in 0.7 and 0.3"
             )
+        self.cycle = cycle
         self.counts = np.array([int(share * cycle) for share in shares])  # [d] draws a cycle
         # source d's k-th draw belongs at (k + 1/2) / counts[d] of the cycle (Webster's method)
         due = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts])

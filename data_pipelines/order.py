@@ -86,9 +86,9 @@ class Order:
         epochs, places = np.divmod(positions, self.num_samples)
         streams, insides = places % self.num_streams, places // self.num_streams
         blocks = self._block_of(streams, insides)
-        groups = np.stack([epochs, streams, blocks])
-        for epoch, number, block in np.unique(groups, axis=1).T.tolist():
-            here = (epochs == epoch) & (streams == number) & (blocks == block)
+        for here in _groups(epochs, streams, blocks):
+            first = here[0]
+            epoch, number, block = int(epochs[first]), int(streams[first]), int(blocks[first])
             line = self._line(epoch)
             start, _ = self._block_bounds(number, block)
             shuffled = self._block(epoch, number, block)
@@ -142,7 +142,8 @@ class Order:
         def make() -> np.ndarray:
             start, stop = self._block_bounds(number, block)
             part = epoch * self.num_streams + number
-            return stream(self._key, block, "block", part).permutation(stop - start)
+            shuffled = stream(self._key, block, "block", part).permutation(stop - start)
+            return shuffled.astype(np.int32)  # there are two a stream at a time
 
         return self._blocks.get((epoch, number, block), make)
 
@@ -153,6 +154,15 @@ class Order:
             return _Line(shards, counts, np.cumsum(counts))
 
         return self._lines.get(epoch, make)
+
+
+def _groups(*keys: np.ndarray) -> list[np.ndarray]:
+    """The numbers [m] of the entries that have all keys [n] in common, group by group."""
+    by_key = np.lexsort(keys[::-1])
+    changes = np.zeros(len(by_key), dtype=bool)
+    for key in keys:
+        changes[1:] |= np.diff(key[by_key]) != 0
+    return np.split(by_key, np.flatnonzero(changes)) if len(by_key) else []
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
+import resource
+import threading
 import zlib
 from pathlib import Path
 
@@ -13,7 +16,8 @@ from data_pipelines.ledger import BadSample
 from data_pipelines.recent import Recent
 from data_pipelines.storage import Storage, StorageError, is_local, local_path
 
-_LOCAL = 1024  # tars that are mapped at a time
+_LOCAL = 1024  # tars that are mapped at a time, at most
+_FILES = 1 / 4  # share of the files that the process may have open: each map holds one
 _COPIES = 64  # cached copies: one that is mapped keeps its disk space when it is evicted
 
 
@@ -29,7 +33,8 @@ class Reader:
         self.storage = Storage(config)
         root = None if config.cache_dir is None else Path(config.cache_dir).expanduser() / "shards"
         self.cache = ShardCache(self.storage, root, int(config.cache_gb * 1e9))
-        self._maps: Recent[str, mmap.mmap] = Recent(_LOCAL)
+        self._stop = threading.Event()
+        self._maps: Recent[str, mmap.mmap] = Recent(_num_maps())
         self._copies: Recent[str, mmap.mmap] = Recent(_COPIES)
 
     def payload(
@@ -47,6 +52,8 @@ class Reader:
 
         Raises:
             BadSample: the tar is missing, cut or cannot be read, or its bytes have changed.
+            OSError: the process has too many files open.
+            Cancelled: another thread has called `stop`.
         """
         try:
             payload, is_copy = self._bytes(url, num_bytes, offset, size, name)
@@ -54,7 +61,7 @@ class Reader:
                 return payload
             if is_copy:  # the copy may be damaged; the tar itself decides
                 self._discard(url)
-                payload = self.storage.read(url, offset, size)
+                payload = self.storage.read(url, offset, size, self._stop)
                 if zlib.crc32(payload) == crc:
                     return payload
         except StorageError as error:
@@ -65,6 +72,9 @@ class Reader:
                 "missing shard", f"{name}: {url} is not there any more; put it back, or index anew"
             ) from error
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # which says nothing of the sample
+                message = f"{url}: too many files are open; raise their number (ulimit -n)"
+                raise OSError(error.errno, message) from error
             raise BadSample("network", f"{name}: {url} cannot be read ({error})") from error
         raise BadSample(
             "crc mismatch",
@@ -114,12 +124,12 @@ class Reader:
         else:
             mapped = self._copy(url, num_bytes, name)
             if mapped is None:
-                return self.storage.read(url, offset, size), False
+                return self.storage.read(url, offset, size, self._stop), False
         # a file that was cut after it was mapped would end the process when its end is touched
         if offset + size > len(mapped) or offset + size > mapped.size():
             if not local:
                 self._discard(url)
-                return self.storage.read(url, offset, size), False
+                return self.storage.read(url, offset, size, self._stop), False
             raise BadSample(
                 "cut",
                 f"{name}: ends at byte {offset + size}, the tar at {mapped.size()}; it was cut "
@@ -144,13 +154,25 @@ class Reader:
 
     def prefetch(self, urls_and_sizes: list[tuple[str, int]]) -> None:
         """Fetch tars that are not on a local disk into the cache, in the background."""
+        self.cache.resume()
         self.cache.prefetch(pair for pair in urls_and_sizes if not is_local(pair[0]))
 
+    def stop(self) -> None:
+        """End other threads' requests at once, in `Cancelled`: an answer may take `deadline_s`."""
+        self._stop.set()
+
     def close(self) -> None:
-        """Stop fetching."""
+        """Stop fetching, until it is used again."""
+        self.stop()
         self.cache.close()
         self._maps.clear()
         self._copies.clear()
+        self._stop = threading.Event()
+
+
+def _num_maps() -> int:
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _LOCAL if allowed < 0 else max(min(_LOCAL, int(allowed * _FILES)), 1)
 
 
 def _map(path: Path, name: str) -> mmap.mmap:

@@ -161,13 +161,30 @@ def read_summary(path: str, storage: Storage | None = None) -> Summary:
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(_source(path, storage)).metadata or {}
-        values = json.loads(metadata[_SUMMARY])
+        metadata = pq.read_metadata(_source(path, storage)).metadata
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is no sidecar ({error}); run `latentdiff data index`") from None
+    return _summary(metadata, path)
+
+
+def summary_of(table: pa.Table, path: str) -> Summary:
+    """The summary that comes with the rows of a sidecar; raises as `read_summary` does.
+
+    Args:
+        table: of `read_table`.
+        path: of the sidecar, for errors.
+    """
+    return _summary(table.schema.metadata, path)
+
+
+def _summary(metadata: Mapping[bytes, bytes] | None, path: str) -> Summary:
+    try:
+        values = json.loads((metadata or {})[_SUMMARY])
         version = values.pop("version")
         faults = tuple(Fault(**fault) for fault in values.pop("faults"))
         if version == VERSION:
             return Summary(**values, faults=faults)
-    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no sidecar ({error}); run `latentdiff data index`") from None
     raise ValueError(
         f"{path} has version {version}; expected {VERSION}; run `latentdiff data index`"

@@ -37,6 +37,7 @@ REMOTE = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf")
 CHUNK_BYTES = 8_000_000  # of a download: large enough for a store's full speed
 _WEB = ("http", "https", "hf")  # plain requests; the others go through fsspec's file systems
 _CHUNKS_AT_A_TIME = 4
+_MANY_NAMES = 256
 _LISTING_REQUESTS = 10  # a glob has the deadline of so many requests: one for each 1,000 names
 
 
@@ -97,7 +98,11 @@ def expand_shards(patterns: str | Sequence[str], storage: Storage | None = None)
             raise ValueError(
                 f"unbalanced braces in {pattern!r}; write them as in train-{{000000..000003}}.tar"
             ) from None
+        files = _files(names) if local and len(names) > _MANY_NAMES else set()
         for name in names:
+            if name in files:
+                found[name] = None
+                continue
             matches = _local_matches(name) if local else _remote_matches(name, storage)
             if not matches:
                 raise ValueError(
@@ -106,6 +111,15 @@ def expand_shards(patterns: str | Sequence[str], storage: Storage | None = None)
                 )
             found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def _files(names: Sequence[str]) -> set[str]:
+    """The files in the folders of many names: to look at each takes longer than to list them."""
+    found: set[str] = set()
+    for folder in {name[: name.rfind("/") + 1] for name in names}:
+        with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
+            found.update(folder + entry.name for entry in entries if entry.is_file())
+    return found
 
 
 def _local_matches(name: str) -> list[str]:
@@ -162,8 +176,20 @@ class Storage:
         fs, path = remote.file_system(url, self.config)
         return self._run(request, lambda: remote.object_stat(fs, path), cancel)
 
-    def read(self, url: str, offset: int = 0, size: int | None = None) -> bytes:
+    def read(
+        self,
+        url: str,
+        offset: int = 0,
+        size: int | None = None,
+        cancel: threading.Event | None = None,
+    ) -> bytes:
         """Exactly `size` bytes from `offset` on; None: up to the end.
+
+        Args:
+            url: the file.
+            offset: in bytes.
+            size: in bytes.
+            cancel: set by another thread to give up (`remote.Cancelled`).
 
         Raises:
             StorageError: the file is not there, is shorter, or could not be read in time.
@@ -174,7 +200,7 @@ class Storage:
         if is_local(url):
             with local_errors(url), open(local_path(url), "rb") as file:
                 return _read_exactly(file, url, offset, size)
-        return b"" if size == 0 else remote.wait(self._read(url, offset, size))
+        return b"" if size == 0 else remote.wait(self._read(url, offset, size), cancel)
 
     def write(self, url: str, data: bytes) -> None:
         """Write a whole file; readers see the old one or the new one, never a part.

@@ -172,6 +172,22 @@ def test_a_mixture_draws_each_data_set_in_its_own_order(
         assert sorted(own[:count].tolist()) == list(range(count))
 
 
+def test_ranks_share_no_stream_of_a_mixture(shards: dict[str, tuple[str, ...]]) -> None:
+    plan = make_plan(shards, mixture=True, order={"streams": 4, "block_samples": 7})
+    assert plan.batch_size % 4 == 0
+    counts, shared = np.zeros(151, dtype=int), 0
+    for step in range(100):
+        np.add.at(counts, plan.step(step).ids, 1)
+        parts = [plan.rank(step, rank, 2) for rank in range(2)]
+        for source in range(2):
+            first, second = (set(p.streams[p.sources == source].tolist()) for p in parts)
+            shared += bool(first & second)
+    assert shared <= 2 * counts[120:].max() + 2 * counts[:120].max()  # where an epoch ends
+    one, two = counts[:120], counts[120:]
+    assert one.sum() == 3 * two.sum()  # 100 steps are whole cycles of every lane
+    assert np.ptp(one) <= 2 and np.ptp(two) <= 2  # epochs follow each other
+
+
 @pytest.mark.parametrize("variant", ["buckets", "all"])
 def test_buckets_lose_nothing(shards: dict[str, tuple[str, ...]], variant: str) -> None:
     plan = make_plan(shards, **VARIANTS[variant])

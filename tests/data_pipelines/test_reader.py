@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ from data_pipelines import reader as module
 from data_pipelines.config import StorageConfig
 from data_pipelines.ledger import BadSample
 from data_pipelines.reader import Reader
+from data_pipelines.remote import Cancelled
 
 DATA = np.random.default_rng(0).bytes(40_000)
 MEMBERS = [(0, 10), (512, 20_000), (20_512, 0), (39_000, 1_000)]  # offset, size
@@ -244,3 +247,45 @@ def test_threads_share_a_reader(server: FaultServer, url: str, tmp_path: Path) -
         found = list(pool.map(lambda job: read(reader, *job), jobs))
     assert found == [DATA[offset : offset + size] for _, offset, size in jobs]
     reader.close()
+
+
+def test_maps_leave_most_files_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.resource, "getrlimit", lambda _: (64, 64))
+    reader = Reader()
+    paths = [tmp_path / f"{number}.tar" for number in range(40)]
+    for path in paths:
+        path.write_bytes(DATA)
+        assert_all(reader, str(path))
+    assert len(reader._maps._values) == 16  # each map holds its file open
+    for allowed, maps in ((-1, 1024), (10**6, 1024), (1024, 256), (2, 1)):
+        monkeypatch.setattr(module.resource, "getrlimit", lambda _, n=allowed: (n, n))
+        assert Reader()._maps.size == maps
+
+
+def test_too_many_open_files_are_no_sample_s_fault(
+    tar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(module, "_map", refuse)
+    with pytest.raises(OSError, match=r"x\.tar: too many files are open; .*ulimit -n"):
+        read(Reader(), str(tar), 0, 10)
+
+
+def test_requests_end_when_they_are_told_to(server: FaultServer, url: str, tmp_path: Path) -> None:
+    reader = Reader(storage(tmp_path, cache_gb=0, deadline_s=60))
+    server.fault = "stall"
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(read, reader, url, 512, 20_000) for _ in range(2)]
+        while server.requests.total() < 2:
+            time.sleep(0.005)
+        begin = time.monotonic()
+        reader.stop()
+        assert all(isinstance(future.exception(5), Cancelled) for future in waiting)
+        assert time.monotonic() - begin < 1
+    server.fault = ""
+    with pytest.raises(Cancelled):
+        read(reader, url, 512, 20_000)
+    reader.close()
+    assert_all(reader, url)  # it can be used again
