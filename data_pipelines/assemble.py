@@ -17,9 +17,10 @@ from data_pipelines.dataset import Dataset, ShardRows
 from data_pipelines.decode import clean_text, decode_caption, decode_json
 from data_pipelines.draws import Draws
 from data_pipelines.headers import MAX_IMAGE_BYTES, check_size
-from data_pipelines.latentinfo import LatentsInfo, read_info
+from data_pipelines.latentinfo import INFO, LatentsInfo, read_info
 from data_pipelines.latents import draw_numbers, read_latents, read_tokens
 from data_pipelines.ledger import BadSample
+from data_pipelines.manifest import split
 from data_pipelines.reader import Reader
 from data_pipelines.transforms import Picture, load_picture
 
@@ -77,6 +78,7 @@ class Assembler:
         self.seed = seed
         self.with_images = with_images
         self.latents = _latents_info(datasets) if config.payload == "latents" else None
+        self.refused: dict[int, BadSample] = {}  # by id
         self._needs_metadata = config.captions != _PLAIN
 
     def blank(self, draws: Draws) -> Blank:
@@ -107,7 +109,10 @@ class Assembler:
         bad: Bad = []
         for i in places:
             rows, row, position = self._find(draws, i)
-            blank.keys[i] = rows.keys[row]
+            blank.keys[i] = rows.key(row)
+            if self.refused and (known := self.refused.get(int(draws.ids[i]))) is not None:
+                bad.append((i, known))
+                continue
             try:
                 caption = self._caption(rows, row, position)
                 if blank.pixels is not None:
@@ -118,6 +123,9 @@ class Assembler:
                 blank.captions[i] = caption
             except BadSample as error:
                 bad.append((i, error))
+            except Exception as error:
+                error.add_note(f"while reading {_name(rows, row)}")
+                raise
         return bad
 
     def picture(self, draws: Draws, i: int) -> Picture:
@@ -139,6 +147,7 @@ class Assembler:
         pixels, latents, tokens = (None if a is None else torch.from_numpy(a) for a in arrays)
         return Batch(
             step=draws.step,
+            num_planned=draws.num_planned,
             positions=draws.positions,
             ids=draws.ids,
             valid=valid,
@@ -191,7 +200,7 @@ class Assembler:
                         good.append(n)
                 if not payloads:
                     continue
-                names = [f"{rows.url}:{rows.keys[draws.rows[places[n]]]}" for n in good]
+                names = [f"{rows.url}:{rows.key(int(draws.rows[places[n]]))}" for n in good]
                 faults: Bad = []
                 to = (target, at[good].tolist())
                 read(payloads, which[good], names, shape=shape, faults=faults, to=to)
@@ -202,7 +211,7 @@ class Assembler:
             blank.sizes[here, 0, 1] = blank.sizes[here, 2, 1] = rows.widths[own]
             for n, row in zip(numbers, own.tolist(), strict=True):
                 i = places[n]
-                blank.keys[i] = rows.keys[row]
+                blank.keys[i] = rows.key(row)
                 try:
                     if self.config.micro_conditioning:
                         blank.sizes[i] = self._latent_sizes(rows, row, int(crops[n]))
@@ -283,7 +292,7 @@ class Assembler:
         try:
             return draw_caption(*stored, self.config.captions, self.seed, position)
         except BadSample as error:
-            name = f"{rows.url}:{rows.keys[row]}"
+            name = f"{rows.url}:{rows.key(row)}"
             raise BadSample(error.reason, f"{name}: {error}") from error
 
     def _metadata(self, rows: ShardRows, row: int) -> dict[str, object]:
@@ -312,13 +321,31 @@ _LIMITS: dict[str, Literal["picture", "caption", "json"]] = {
 
 def _name(rows: ShardRows, row: int, use: str = "picture") -> str:
     extension = {"picture": rows.extensions[row], "tokens": "tokens.npy"}.get(use, use)
-    return f"{rows.url}:{rows.keys[row]}.{extension}"
+    return f"{rows.url}:{rows.key(row)}.{extension}"
 
 
 def _latents_info(datasets: Sequence[Dataset]) -> LatentsInfo:
-    """What the folders of latents say of themselves; they must agree."""
-    folders = {os.path.dirname(url) or "." for d in datasets for url in d.shards.urls}
+    """What the folders of latents say of themselves; they must agree, and know the tars."""
+    tars = [
+        (os.path.dirname(url) or ".", url, num_bytes)
+        for dataset in datasets
+        for url, num_bytes in zip(
+            dataset.shards.urls, dataset.shards.num_bytes.tolist(), strict=True
+        )
+    ]
+    folders = {folder for folder, _, _ in tars}
     infos = [read_info(folder) for folder in sorted(folders)]
+    known = {
+        (folder, shard.name): shard.num_bytes
+        for folder, info in zip(sorted(folders), infos, strict=True)
+        for shard in info.shards
+    }
+    for folder, url, num_bytes in tars:
+        if known.get((folder, split(url)[1])) != num_bytes:
+            raise ValueError(
+                f"{url} ({num_bytes} bytes) is not among the latents that {folder}/{INFO} names, "
+                "so that another model may have made it; leave it out, or precompute it there"
+            )
     for other, folder in zip(infos[1:], sorted(folders)[1:], strict=True):
         for name in ("model_hash", "tokenizer_hash", "kind", "crops", "captions", "text_length"):
             if getattr(other, name) != getattr(infos[0], name):

@@ -22,6 +22,8 @@ class Batch:
 
     Attributes:
         step: number of the optimiser step since the start of the run.
+        num_planned: samples of the whole step, over all ranks and splits: its places but for those
+            that the plan left open. A mean over them weighs every sample the same.
         positions: int64 [b], places since the start of the run; all randomness hangs on them.
         ids: int64 [b], numbers of the samples; -1 where the plan left the place open.
         valid: bool [b].
@@ -38,6 +40,7 @@ class Batch:
     """
 
     step: int
+    num_planned: int
     positions: np.ndarray
     ids: np.ndarray
     valid: np.ndarray

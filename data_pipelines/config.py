@@ -102,7 +102,7 @@ class OrderConfig(_Frozen):
     """
 
     streams: int = Field(default=1, ge=1)
-    block_samples: int = Field(default=65_536, ge=1)
+    block_samples: int = Field(default=262_144, ge=1)
 
 
 class StorageConfig(_Frozen):

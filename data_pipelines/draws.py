@@ -6,6 +6,7 @@ Data sets, mixture, order and buckets together: pure functions of the step's num
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from data_pipelines.order import Order
 from data_pipelines.recent import Recent
 
 _EMPTY = -1
+_VERSION = 1  # of the order: another makes old checkpoints refuse to go on
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Draws:
     Attributes:
         step: number of the batch since the start of the run.
         shape: (height, width) of its pictures; None where the config has one size for all.
+        num_planned: samples of the whole step: its places but for those that stay empty.
         positions: int64 [n], places since the start of the run: step * batch_size + place.
         ids: int64 [n], numbers among the samples of all data sets; -1 where a place stays empty.
         sources: int64 [n], data sets.
@@ -40,6 +43,7 @@ class Draws:
 
     step: int
     shape: Shape | None
+    num_planned: int
     positions: np.ndarray
     ids: np.ndarray
     sources: np.ndarray
@@ -55,7 +59,8 @@ class Draws:
         """The entries `numbers` [m]."""
         arrays = (self.positions, self.ids, self.sources, self.shards, self.rows, self.streams,
                   self.lanes)  # fmt: skip
-        return Draws(self.step, self.shape, *(array[numbers] for array in arrays))
+        kept = (array[numbers] for array in arrays)
+        return Draws(self.step, self.shape, self.num_planned, *kept)
 
 
 class Plan:
@@ -95,26 +100,38 @@ class Plan:
         self.buckets = (
             BucketPlan(config.buckets, batch_size, exact) if config.buckets is not None else None
         )
-        parts = [dataset.fingerprint for dataset in datasets]
-        rest = config.model_dump_json(include={"order", "buckets", "payload"})
-        weights = [source.weight for source in config.sources]
-        digest = hashlib.sha256("\n".join([*parts, str(weights), rest]).encode())
-        self.fingerprint = digest.hexdigest()
+        facts = {
+            "version": _VERSION,
+            "data": [dataset.fingerprint for dataset in datasets],
+            "mixture": self.mixture.counts.tolist() if self.mixture is not None else None,
+            "streams": config.order.streams,
+            "block_samples": config.order.block_samples,
+            "buckets": config.buckets.model_dump(mode="json") if config.buckets else None,
+            "exact": exact and config.buckets is not None,
+        }
+        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         self._chapters: Recent[int, tuple[Chapter, Draws]] = Recent(3)
 
     def step(self, step: int) -> Draws:
         """All places of a step."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         if self.buckets is None:
-            return self._at(step, None, positions, positions)
+            return self._at(step, positions)
         chapter, draws = self.chapter(step // self.buckets.chapter_steps)
         batch = chapter.batches[step % self.buckets.chapter_steps]
-        num_empty = self.batch_size - len(batch.members)
-        found = draws.take(np.concatenate([batch.members, np.zeros(num_empty, dtype=np.int64)]))
-        is_empty = np.arange(self.batch_size) >= len(batch.members)
+        # Spread over the step: what is even over its places (micro-batches, stratified timesteps)
+        # is then even over its samples.
+        count = len(batch.members)
+        filled = np.arange(count) * self.batch_size // max(count, 1)
+        members = np.zeros(self.batch_size, dtype=np.int64)
+        members[filled] = batch.members
+        is_empty = np.ones(self.batch_size, dtype=bool)
+        is_empty[filled] = False
+        found = draws.take(members)
         return Draws(
             step,
             batch.shape,
+            count,
             positions,
             np.where(is_empty, _EMPTY, found.ids),
             found.sources,
@@ -131,8 +148,13 @@ class Plan:
         their number divides the batch size and the ranks divide it. Those that stay empty are dealt
         evenly, so that no rank is left without samples while another has several.
         """
+        share = self.batch_size // num_ranks
+        if self.buckets is None:  # only its own places need to be found
+            positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+            by_lane = np.lexsort((positions, positions % self.orders[0].num_streams))
+            own = np.sort(by_lane[rank * share : (rank + 1) * share])
+            return self._at(step, positions[own])
         draws = self.step(step)
-        share = len(draws) // num_ranks
         is_empty = draws.ids == _EMPTY
         full, empty = np.flatnonzero(~is_empty), np.flatnonzero(is_empty)
         by_lane = full[np.lexsort((draws.positions[full], draws.lanes[full]))]
@@ -200,7 +222,7 @@ class Plan:
         assert self.buckets is not None
         size = self.buckets.chapter_samples
         positions = np.arange(number * size, (number + 1) * size)
-        draws = self._at(number, None, positions, positions)
+        draws = self._at(number, positions)
         widths, heights = np.empty(size, np.int64), np.empty(size, np.int64)
         for source, dataset in enumerate(self.datasets):
             here = np.flatnonzero(draws.sources == source)
@@ -216,25 +238,14 @@ class Plan:
             )
         return chapter, draws
 
-    def _at(
-        self, step: int, shape: Shape | None, positions: np.ndarray, places: np.ndarray
-    ) -> Draws:
+    def _at(self, step: int, places: np.ndarray) -> Draws:
         """Draws at some places of the order, without buckets."""
+        planned = self.batch_size
         if self.mixture is None:
-            found = self.orders[0].at(places)
-            sources = np.zeros_like(places)
+            found, sources = self.orders[0].at(places), np.zeros_like(places)
             lanes = places % self.orders[0].num_streams
-            return Draws(
-                step,
-                shape,
-                positions,
-                found.ids,
-                sources,
-                found.shards,
-                found.rows,
-                found.streams,
-                lanes,
-            )
+            places_of = (found.ids, sources, found.shards, found.rows, found.streams, lanes)
+            return Draws(step, None, planned, places, *places_of)
         sources, counts, lanes = self._mixed(places)
         ids, shards, rows, streams = (np.empty_like(places) for _ in range(4))
         for source, order in enumerate(self.orders):
@@ -244,7 +255,7 @@ class Plan:
                 ids[here] = self.first_ids[source] + found.ids
                 shards[here], rows[here] = found.shards, found.rows
                 streams[here] = found.streams
-        return Draws(step, shape, positions, ids, sources, shards, rows, streams, lanes)
+        return Draws(step, None, planned, places, ids, sources, shards, rows, streams, lanes)
 
     def _mixed(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(data sets, positions in their orders, lanes) of places of the mixture, [n] each.

@@ -165,9 +165,10 @@ def open_index(
         if fault.reason != "missing shard":
             raise OSError(f"{fault}; run `latentdiff data index` to see which tars can be read")
     if not report.shards.num_samples.sum():
+        bad = ", ".join(f"{count} {reason}" for reason, count in report.shards.bad.items())
         raise ValueError(
             f"no usable sample in {len(urls)} tar(s), the first {urls[0]}; left out: "
-            f"{report.shards.bad}; run `latentdiff data verify` to see what is wrong with each"
+            f"{bad or 'nothing'}; run `latentdiff data verify` to see what is wrong with each"
         )
     return report.shards
 
@@ -209,6 +210,8 @@ class _Index:
                 if they are few. Several processes that open the same tars wait for the first.
         """
         known, tasks = self._compare(opening)
+        for task_places in {task.places for task in tasks.values()}:
+            _refuse_unwritable(task_places)  # before the tars are read
         lock = contextlib.nullcontext()
         if opening and tasks:
             lock = locked(next(iter(tasks.values())).places[0], "opening")
@@ -243,7 +246,7 @@ class _Index:
                 continue
             if found is not None and found[1].is_of(stat) and is_lasting(self.urls[i], found[1]):
                 path = join(found[0], sidecar_name(found[1].name))
-                if not is_local(path) or os.path.exists(path):
+                if not is_local(path) or (_ends_whole(path) if looks else os.path.exists(path)):
                     continue
             folder, name = self.parts[i]
             tasks[i] = Task(self.urls[i], name, tuple(self.places[folder]), stat, self.storage)
@@ -332,6 +335,30 @@ def _gather(
         num_bytes=np.array([entry.num_bytes for entry in entries], np.int64),
         digests=tuple(entry.digest for entry in entries),
         bad=dict(sorted(bad.items())),
+    )
+
+
+def _ends_whole(path: str) -> bool:
+    """Whether a sidecar is there and was not cut: `data index` mends one that was."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-4, os.SEEK_END)
+            return file.read() == b"PAR1"
+    except OSError:
+        return False
+
+
+def _refuse_unwritable(folders: Sequence[str]) -> None:
+    for folder in folders:
+        if not is_local(folder):
+            return
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return
+    raise OSError(
+        f"the index cannot be written to {folders[0]}; give a folder that can be written with "
+        "--out (in a config data.index)"
     )
 
 

@@ -61,7 +61,8 @@ class Skip:
         key: of the sample.
         reason: the account.
         detail: what was wrong, in words.
-        position: of the draw since the start of the run; -1 where it has none (no bucket fits).
+        position: of the draw since the start of the run; of a picture that no bucket fits, the
+            place where its chapter begins.
     """
 
     shard: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -77,11 +79,13 @@ class Loader:
         self.rank, self.num_ranks, self.splits = rank, num_ranks, splits
         self.reader = Reader(config.storage)
         self.datasets = [
-            Dataset(source, config.order, self.reader.storage) for source in config.sources
+            Dataset(source, config.order, self.reader.storage, num_ranks)
+            for source in config.sources
         ]
         for dataset in self.datasets:
             check_index(dataset.shards.bad, dataset.num_usable, config.max_bad_rate)
         self.plan = Plan(self.datasets, config, seed, batch_size)
+        self._warn()
         self._assembler = Assembler(config, self.datasets, self.reader, seed, with_images)
         self._ledger_path = ledger_path
         self.cursor = cursor
@@ -163,9 +167,9 @@ class Loader:
             workers = self.config.num_workers
             pool = planner = None
             if workers:
-                pool = stack.enter_context(ThreadPoolExecutor(workers, "decode"))
-                planner = stack.enter_context(ThreadPoolExecutor(1, "plan"))
-                stack.callback(lambda: pool.shutdown(wait=False, cancel_futures=True))
+                pool = ThreadPoolExecutor(workers, "decode")
+                planner = ThreadPoolExecutor(1, "plan")
+                stack.callback(_end, pool, planner)
                 stack.callback(self.reader.stop)  # or they would wait for a server's answer
             ahead: list[_Pending] = []
             step = begin = self.cursor // self.batch_size
@@ -189,13 +193,22 @@ class Loader:
         pixels = self._assembler.picture(self.locate(index), 0).pixels
         return to_float(torch.from_numpy(pixels)[None])[0]
 
+    def refuse(self, index: int, error: BadSample) -> None:
+        """Never deliver a sample of which `image` has told that it is bad; its draws are counted.
+
+        For caches: what is not read again would not be found bad again.
+        """
+        self._assembler.refused[index] = error
+
     def locate(self, index: int) -> Draws:
         """Where a sample lies, by its number, at the position of the same number."""
         source = int(np.searchsorted(self.plan.first_ids, index, side="right")) - 1
         own = np.array([index - self.plan.first_ids[source]])
         shards, rows = self.plan.orders[source].shard_of(own)
         zero = np.zeros(1, dtype=np.int64)
-        return Draws(0, None, zero + index, zero + index, zero + source, shards, rows, zero, zero)
+        return Draws(
+            0, None, 1, zero + index, zero + index, zero + source, shards, rows, zero, zero
+        )
 
     def captions(self, index: int, positions: Sequence[int]) -> list[str]:
         """The captions that a sample has at some positions, without its picture.
@@ -241,7 +254,7 @@ class Loader:
 
     def _skip(self, draws: Draws, i: int, error: BadSample) -> Skip:
         rows = self.datasets[draws.sources[i]].rows(int(draws.shards[i]))
-        key = rows.keys[draws.rows[i]]
+        key = rows.key(int(draws.rows[i]))
         return Skip(rows.url, key, error.reason, str(error), int(draws.positions[i]))
 
     def _left_out(self, step: int) -> list[Skip]:
@@ -257,6 +270,26 @@ class Loader:
         skips = [self._skip(draws, i, error) for i in range(len(draws))]
         return [Skip(s.shard, s.key, s.reason, s.detail, step * self.batch_size) for s in skips]
 
+    def _warn(self) -> None:
+        """Say what will work, but slowly."""
+        config = self.config
+        if self.num_ranks > 1 and any(source.where for source in config.sources):
+            warnings.warn(
+                f"each of {self.num_ranks} ranks runs data.where over the whole index; run "
+                "`latentdiff data select` once and give its file as data.select",
+                stacklevel=3,
+            )
+        remote = [dataset for dataset in self.datasets if not dataset.is_local]
+        streams = -(-config.order.streams // self.num_ranks)
+        num_bytes = sum(d.open_bytes(config.order.block_samples, streams) for d in remote)
+        if 0 < config.storage.cache_gb * 1e9 < num_bytes:
+            warnings.warn(
+                f"data.storage.cache_gb is {config.storage.cache_gb:g}, but the blocks that are "
+                f"open at a time have {num_bytes / 1e9:.1f} GB: what does not fit is read by a "
+                "request a sample; raise it, or lower data.order.block_samples",
+                stacklevel=3,
+            )
+
     def _prefetch(self, step: int) -> None:
         if all(dataset.is_local for dataset in self.datasets):
             return
@@ -268,6 +301,16 @@ class Loader:
                 )
             ]
         )
+
+
+def _end(*pools: ThreadPoolExecutor) -> None:
+    """Drop what has not begun, and wait for the rest."""
+    if sys.is_finalizing():  # an iterator that was never closed: threads have ended already
+        return
+    for pool in pools:
+        pool.shutdown(wait=False, cancel_futures=True)
+    for pool in pools:
+        pool.shutdown()
 
 
 @dataclass

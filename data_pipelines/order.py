@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipelines.randomness import stream
+from data_pipelines.randomness import shuffled, stream
 from data_pipelines.recent import Recent
 
 
@@ -58,7 +58,7 @@ class Order:
         fingerprint: str,
         seed: int,
         num_streams: int = 1,
-        block_samples: int = 65_536,
+        block_samples: int = 262_144,
     ) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.num_samples = int(self.counts.sum())
@@ -91,8 +91,8 @@ class Order:
             epoch, number, block = int(epochs[first]), int(streams[first]), int(blocks[first])
             line = self._line(epoch)
             start, _ = self._block_bounds(number, block)
-            shuffled = self._block(epoch, number, block)
-            offsets = self._stream_starts[number] + start + shuffled[insides[here] - start]
+            places_of = self._block(epoch, number, block)
+            offsets = self._stream_starts[number] + start + places_of[insides[here] - start]
             slots = np.searchsorted(line.ends, offsets, side="right")
             shards[here] = line.shards[slots]
             rows[here] = offsets - (line.ends[slots] - line.counts[slots])
@@ -142,14 +142,14 @@ class Order:
         def make() -> np.ndarray:
             start, stop = self._block_bounds(number, block)
             part = epoch * self.num_streams + number
-            shuffled = stream(self._key, block, "block", part).permutation(stop - start)
-            return shuffled.astype(np.int32)  # there are two a stream at a time
+            places = shuffled(stream(self._key, block, "block", part), stop - start)
+            return places.astype(np.int32)  # there are two a stream at a time
 
         return self._blocks.get((epoch, number, block), make)
 
     def _line(self, epoch: int) -> _Line:
         def make() -> _Line:
-            shards = stream(self._key, epoch, "shards").permutation(len(self.counts))
+            shards = shuffled(stream(self._key, epoch, "shards"), len(self.counts))
             counts = self.counts[shards]
             return _Line(shards, counts, np.cumsum(counts))
 

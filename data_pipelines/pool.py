@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -48,13 +49,14 @@ def run_all(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
     try:
-        futures = {pool.submit(function, task): name for name, task in tasks}
+        with _without_main():
+            futures = {pool.submit(function, task): name for name, task in tasks}
         for future in as_completed(futures):
             yield futures.pop(future), future.result()
     except BrokenProcessPool:
         raise RuntimeError(
             "a worker process was killed, or could not start; was there memory enough? "
-            "Try fewer workers. (A script that starts workers needs `if __name__ == '__main__':`)"
+            "Try fewer workers."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -63,6 +65,25 @@ def run_all(
 def workers_for(num_bytes: int, bytes_each: int) -> int:
     """Processes for a job, at most one a core: starting one takes as long as `bytes_each`."""
     return min(_num_cores(), 1 + num_bytes // bytes_each)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Let processes that start now leave the user's script alone.
+
+    A spawned process runs the main module again, for what was defined there. Our tasks are
+    functions of our own modules; a script without `if __name__ == "__main__":` would start workers
+    of its own in every worker.
+    """
+    main = sys.modules["__main__"]
+    kept = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
+    try:
+        for name in kept:
+            setattr(main, name, None)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(main, name, value)
 
 
 def _num_cores() -> int:

@@ -22,3 +22,16 @@ def stream(seed: int, position: int, purpose: str, part: int = 0) -> np.random.G
     key = np.array([seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(purpose.encode())], dtype=np.uint64)
     counter = np.array([0, 0, position, part], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def shuffled(generator: np.random.Generator, count: int) -> np.ndarray:
+    """A permutation of 0 to count - 1, int64 [count], the same with any version of NumPy.
+
+    Philox's raw numbers, which NumPy promises to keep, are sorted with their places in the lowest
+    bits; so no two are equal, and any way of sorting gives the same.
+    """
+    bits = np.uint64(max(count - 1, 1).bit_length())
+    keys = generator.bit_generator.random_raw(count) >> bits << bits
+    keys |= np.arange(count, dtype=np.uint64)
+    keys.sort()
+    return (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)

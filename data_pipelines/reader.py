@@ -13,6 +13,7 @@ from pathlib import Path
 from data_pipelines.cache import ShardCache
 from data_pipelines.config import StorageConfig
 from data_pipelines.ledger import BadSample
+from data_pipelines.outages import Outages
 from data_pipelines.recent import Recent
 from data_pipelines.storage import Storage, StorageError, is_local, local_path
 
@@ -34,6 +35,7 @@ class Reader:
         root = None if config.cache_dir is None else Path(config.cache_dir).expanduser() / "shards"
         self.cache = ShardCache(self.storage, root, int(config.cache_gb * 1e9))
         self._stop = threading.Event()
+        self._outages = Outages(config.deadline_s)
         self._maps: Recent[str, mmap.mmap] = Recent(_num_maps())
         self._copies: Recent[str, mmap.mmap] = Recent(_COPIES)
 
@@ -61,7 +63,7 @@ class Reader:
                 return payload
             if is_copy:  # the copy may be damaged; the tar itself decides
                 self._discard(url)
-                payload = self.storage.read(url, offset, size, self._stop)
+                payload = self._request(url, offset, size)
                 if zlib.crc32(payload) == crc:
                     return payload
         except StorageError as error:
@@ -124,18 +126,30 @@ class Reader:
         else:
             mapped = self._copy(url, num_bytes, name)
             if mapped is None:
-                return self.storage.read(url, offset, size, self._stop), False
+                return self._request(url, offset, size), False
         # a file that was cut after it was mapped would end the process when its end is touched
         if offset + size > len(mapped) or offset + size > mapped.size():
             if not local:
                 self._discard(url)
-                return self.storage.read(url, offset, size, self._stop), False
+                return self._request(url, offset, size), False
             raise BadSample(
                 "cut",
                 f"{name}: ends at byte {offset + size}, the tar at {mapped.size()}; it was cut "
                 "after it was indexed: write it again",
             )
         return memoryview(mapped)[offset : offset + size], not local
+
+    def _request(self, url: str, offset: int, size: int) -> bytes:
+        """A ranged request, unless the tar has just failed while others answered."""
+        self._outages.check(url)
+        try:
+            payload = self.storage.read(url, offset, size, self._stop)
+        except StorageError as error:
+            if error.kind == "network":
+                self._outages.failed(url)
+            raise
+        self._outages.answered(url)
+        return payload
 
     def _copy(self, url: str, num_bytes: int, name: str) -> mmap.mmap | None:
         """The cached copy of a tar, if there is one."""

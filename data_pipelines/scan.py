@@ -62,6 +62,8 @@ class Scan:
         """
         import duckdb
 
+        if not memory_gb >= 0.01:
+            raise ValueError(f"memory_gb must be at least 0.01; got {memory_gb:g}; raise it")
         self.shards = shards
         self.groups = _groups(shards.num_rows)
         self.starts = np.concatenate([[0], np.cumsum(-(-shards.num_rows // 8) * 8)]).astype(
@@ -258,7 +260,10 @@ def _row_errors() -> Iterator[None]:
     try:
         yield
     except (duckdb.DataError, duckdb.InvalidInputException) as error:
-        raise ValueError(f"a condition fails on some sample: {first_line(error)}") from error
+        raise ValueError(
+            f"a condition fails on some sample: {first_line(error)}; compare a column with values "
+            "of its type (text stands in single quotes), or write try_cast(COLUMN AS DOUBLE)"
+        ) from error
     except duckdb.IOException:
         with _index_errors():
             raise

@@ -18,6 +18,7 @@ from data_pipelines.conditions import Rule, Where, parse_rules
 from data_pipelines.dedup import exact_duplicates, near_duplicates
 from data_pipelines.index import IndexedShards
 from data_pipelines.scan import Scan
+from data_pipelines.storage import is_local, local_path
 
 if TYPE_CHECKING:
     from data_pipelines.sidecar import Summary
@@ -115,11 +116,16 @@ class Selection:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write the selection as one Parquet file, whole or not at all."""
+        """Write the selection as one Parquet file, whole or not at all.
+
+        Raises:
+            ValueError: there is something else at `path`, such as a tar.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         path = Path(path)
+        refuse_other_file(path)
         shards = self.shards
         facts = {
             "version": _VERSION,
@@ -142,7 +148,9 @@ class Selection:
             ],
             metadata={_METADATA: json.dumps(facts).encode()},
         )
-        columns = (shards.urls, shards.sidecars, shards.num_bytes, shards.num_rows,
+        # as they can be found from any folder
+        urls, sidecars = (list(map(_anywhere, names)) for names in (shards.urls, shards.sidecars))
+        columns = (urls, sidecars, shards.num_bytes, shards.num_rows,
                    shards.num_samples, shards.digests, self.num_selected)  # fmt: skip
         try:
             with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
@@ -221,6 +229,10 @@ def select(
         return _selection(shards, kept, scan.starts, tuple(counts))
 
 
+def _anywhere(url: str) -> str:
+    return os.path.abspath(local_path(url)) if is_local(url) else url
+
+
 def load_selection(path: str | Path) -> Selection:
     """Open a selection; the rows of a shard are read when they are asked for.
 
@@ -253,12 +265,36 @@ def load_selection(path: str | Path) -> Selection:
             bad=facts["bad"],
         )
         rules = tuple(RuleCount(*rule) for rule in facts["rules"])
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"there is no selection {path!r}; expected a file that latentdiff data select wrote"
+        ) from None
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a selection ({error}); write one with latentdiff data select"
         ) from error
     stored = _StoredBitmaps(path)
     return Selection(shards, numbers["num_selected"], facts["fingerprint"], rules, stored)
+
+
+def refuse_other_file(path: str | Path) -> None:
+    """Let a selection be written to `path`: nothing is there, or an older selection.
+
+    Raises:
+        ValueError: there is something else, such as a tar.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    if not path.exists():
+        return
+    with contextlib.suppress(OSError, pa.ArrowException):
+        if path.is_file() and _METADATA in (pq.read_schema(path).metadata or {}):
+            return
+    raise ValueError(
+        f"{path} is there already and is no selection; give a new file, such as good.parquet"
+    )
 
 
 def is_selection(path: str) -> bool:

@@ -48,13 +48,16 @@ def contact_sheet(
         How many samples were drawn.
 
     Raises:
-        ValueError: a count is below 1, or there is no sample, or one without a readable image.
+        ValueError: a count is below 1, `out_png` is no .png, or there is no sample, or one without
+            a readable image.
     """
     from PIL import Image, ImageDraw
 
     for name, value in (("num", num), ("columns", columns), ("cell_px", cell_px)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+    if Path(out_png).suffix.lower() != ".png":
+        raise ValueError(f"a contact sheet is a PNG; got {out_png}; name a file such as sheet.png")
     cells = [(_picture(sample, cell_px), _caption(sample)) for sample in islice(_all(shards), num)]
     if not cells:
         raise ValueError(f"no samples in {', '.join(shards)}; expected webdataset shards")

@@ -19,6 +19,7 @@ from data_pipelines.index import IndexedShards
 from data_pipelines.phash import read_hashes
 from data_pipelines.scan import Scan
 from data_pipelines.selection import Selection
+from data_pipelines.sidecar import read_summary
 from data_pipelines.storage import Storage
 
 Progress = Callable[[str, int, int | None], None]
@@ -180,7 +181,7 @@ def measure(
         progress: called with ("stats", done, total) in shards.
 
     Raises:
-        ValueError: a sidecar cannot be read.
+        ValueError: a sidecar cannot be read, or is not the one that the selection was made of.
     """
     selection = data if isinstance(data, Selection) else None
     shards = data.shards if isinstance(data, Selection) else data
@@ -188,6 +189,9 @@ def measure(
     with Scan(shards, storage=storage, memory_gb=memory_gb, scratch=scratch) as scan:
         tables = _Tables(scan)
         for group, numbers in enumerate(scan.groups):
+            if selection is not None:
+                for shard in numbers:
+                    selection.check(shard, read_summary(shards.sidecars[shard], storage))
             tables.add(group, selection)
             report("stats", numbers.stop, len(shards.urls))
         near = _near(scan, selection, storage)

@@ -59,8 +59,11 @@ def _table(title: str, *columns: str) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
+    # names are folded on a narrow terminal, numbers never cut
+    table.add_column(columns[0], overflow="fold", min_width=9)
+    for name in columns[1:]:
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     return table
 
 
@@ -70,8 +73,11 @@ def _numbers(title: str, columns: Mapping[str, Numbers]) -> Table:
     for name, column in columns.items():
         spread = [column.quantiles.get(q, column.mean) for q in _SHOWN]
         values = [column.minimum, *spread, column.maximum, column.mean]
-        shown = (_number(value) if column.count else "" for value in values)
-        table.add_row(_cut(name), *shown, f"{column.missing:,}" if column.missing else "")
+        shown = [_number(value) if column.count else "" for value in values]
+        cells = [*shown, f"{column.missing:,}" if column.missing else ""]
+        table.add_row(_cut(name), *cells)
+        for place, cell in zip(table.columns[1:], cells, strict=True):
+            place.min_width = max(place.min_width or 0, len(cell))
     return table
 
 

@@ -106,8 +106,8 @@ def expand_shards(patterns: str | Sequence[str], storage: Storage | None = None)
             matches = _local_matches(name) if local else _remote_matches(name, storage)
             if not matches:
                 raise ValueError(
-                    f"no shard matches {name!r}; "
-                    f"expected a tar, a folder of tars, or a glob that finds some"
+                    f"no shard matches {name!r}; expected a tar, a folder of tars, or a glob that "
+                    "finds some (of http:// write braces: few servers list their files)"
                 )
             found.update(dict.fromkeys(matches))
     return list(found)

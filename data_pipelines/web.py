@@ -49,6 +49,17 @@ async def http_read(
             if end is None and all_bytes is not None and last != all_bytes - 1:
                 raise Passing(f"{status} with bytes {first}-{last} of {all_bytes}")
             size = last - first + 1
+        elif (
+            length is not None
+            and end is not None
+            and (offset, end) != (0, length)
+            and (length >= end)
+        ):
+            request.fail(
+                f"{status} with all {length} bytes: the server ignores Range",
+                "serve the tars by one that does not (nginx, Apache and S3 do not; Python's "
+                "http.server does), or copy them to a disk",
+            )
         elif not whole and (offset != 0 or length != size):
             raise Passing(
                 f"{status} with {_described(response)} where HTTP 206 was expected: "

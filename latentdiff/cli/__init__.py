@@ -39,7 +39,7 @@ COMMANDS = {
     "sample": _Entry("latentdiff.cli.sample:sample", "Draw pictures from text prompts."),
     "train": _Entry("latentdiff.cli.train:train", "Train a model from a config."),
     "vae": _Entry("latentdiff.cli.vae:app", "Train and judge autoencoders: train, reconstruct."),
-    "data": _Entry("latentdiff.cli.data:app", "Make and look at data: emoji, make, show."),
+    "data": _Entry("latentdiff.cli.data:app", "Make, index, choose and read data: tars of images."),
     "explain": _Entry(
         "latentdiff.cli.explain:explain", "Show how a model draws, on a page to read."
     ),

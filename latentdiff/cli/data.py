@@ -13,7 +13,7 @@ from latentdiff.cli.dataread import read
 from latentdiff.cli.precompute import precompute
 
 app = typer.Typer(
-    help="Make and look at data: webdataset shards of images with captions.",
+    help="Make, index, choose and read data: webdataset shards of images with captions.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -163,7 +163,10 @@ def index(
     )
     for reason, count in found.bad.items():
         typer.echo(f"{reason}: {count}")
-    if done.failed:
+    empty = [url for url, rows in zip(found.urls, found.num_rows, strict=True) if rows == 0]
+    for url in empty:
+        typer.echo(f"{url}: no sample in it; see `latentdiff data verify`", err=True)
+    if done.failed or empty:
         raise typer.Exit(1)
 
 
@@ -249,11 +252,12 @@ def select(
     sha256 --out good.parquet
     """
     from data_pipelines.index import open_index
-    from data_pipelines.selection import DEDUP, select
+    from data_pipelines.selection import DEDUP, refuse_other_file, select
     from data_pipelines.storage import expand_shards
 
     if dedup is not None and dedup not in DEDUP:
         raise ValueError(f"--dedup must be {' or '.join(DEDUP)}; got {dedup!r}")
+    refuse_other_file(out)  # now, not after hours
     with _progress() as report:
         indexed = open_index(expand_shards(shards), index, progress=report)
         selection = select(

@@ -13,7 +13,7 @@ import typer
 def precompute(
     shards: Annotated[
         list[str] | None,
-        typer.Argument(help="Tars, folders, globs or URLs [the config's data.shards]."),
+        typer.Argument(help="Tars, folders, globs or URLs. Default: those of --config."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the shards of latents.")] = Path(
         "outputs/latents"
@@ -22,7 +22,8 @@ def precompute(
         str, typer.Option(help="A model's or an autoencoder's directory or hub id, or `box`.")
     ] = "box",
     text: Annotated[
-        str | None, typer.Option(help="A model whose tokenizer makes the token ids [--model].")
+        str | None,
+        typer.Option(help="A model whose tokenizer makes the token ids. Default: --model."),
     ] = None,
     config: Annotated[
         str | None, typer.Option(help="A run's YAML, whose `data` is taken; options change it.")
@@ -49,10 +50,10 @@ def precompute(
         str | None, typer.Option(help="A file of `data select`, instead of shards.")
     ] = None,
     max_bad_rate: Annotated[
-        float | None, typer.Option(help="Share of samples that may be unusable [0.01].")
+        float | None, typer.Option(help="Share of samples that may be unusable. Default: 0.01.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures encoded at a time.")] = 32,
-    workers: Annotated[int | None, typer.Option(help="Decoding threads [the config's, 2].")] = None,
+    workers: Annotated[int | None, typer.Option(help="Decoding threads. Default: 2.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the autoencoder: fp32, bf16 or fp16.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of crops, flips, captions and samples.")] = 0,

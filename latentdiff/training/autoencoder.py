@@ -25,6 +25,7 @@ from latentdiff.training.optim import (
     optimizer_tensors,
     step_optimizer,
 )
+from latentdiff.training.restoring import restore_loader
 from vae.autoencoder import Autoencoder
 from vae.discriminator import discriminator_loss
 from vae.latent_norm import LatentNorm
@@ -62,15 +63,15 @@ def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
             ema.load(checkpoint.group("ema"), checkpoint.state["ema_updates"])
 
     loop = config.loop
-    micro = loop.batch_size // loop.accumulation
     loader = Loader(
         config.data,
         config.seed,
         loop.batch_size,
-        step * loop.batch_size,
         splits=loop.accumulation,
         ledger_path=out / "ledger.jsonl",
     )
+    if checkpoint is not None:
+        restore_loader(checkpoint, loader)
     batches = iter(loader)
     channels, downscale = autoencoder.latent_channels, autoencoder.downscale
 
@@ -89,15 +90,16 @@ def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
                 with autocast(device, loop.precision):
                     passed = reconstruct(model, image, noise.to(device))
                     terms = objective(passed, step)
-                (terms["loss"] * (len(batch) / micro) / loop.accumulation).backward()
+                share = len(batch) / batch.num_planned
+                (terms["loss"] * share).backward()
                 pairs.append((image, passed.output.detach()))
                 for name, value in terms.items():
-                    totals[name] = totals.get(name, 0) + value.detach() / loop.accumulation
+                    totals[name] = totals.get(name, 0) + value.detach() * share
             rate = lr_at(step, loop.num_steps, config.optimizer)
             totals["grad_norm"] = step_optimizer(
                 optimizer, weights.values(), rate, config.optimizer
             )
-            if objective.adversarial_at(step) is not None:
+            if pairs and objective.adversarial_at(step) is not None:
                 totals["critic_loss"] = critic.step(pairs)
             step += 1
             if ema is not None:
@@ -115,7 +117,8 @@ def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
                     "ema": ema.averages if ema is not None else {},
                     **critic.groups(),
                 }
-                state = {"ema_updates": ema.num_updates if ema is not None else 0}
+                updates = ema.num_updates if ema is not None else 0
+                state = {"ema_updates": updates, "loader": loader.state()}
                 save_checkpoint(out / "checkpoints", step, groups, state, loop.keep_checkpoints)
 
     with ema.applied() if ema is not None else nullcontext():

@@ -24,6 +24,7 @@ from latentdiff.training.optim import (
     optimizer_tensors,
     step_optimizer,
 )
+from latentdiff.training.restoring import restore_loader
 
 _MAX_LOGIT_SCALE = 100.0  # CLIP, section 2.5
 
@@ -110,24 +111,23 @@ def train_contrastive(config: ContrastiveRun, resume: str = "auto") -> Path:
         step = checkpoint.step
         checkpoint.restore("model", weights)
         load_optimizer_tensors(optimizer, weights, checkpoint.group("optimizer"))
-    loader.cursor = step * loop.batch_size
+        restore_loader(checkpoint, loader)
 
     batches = iter(loader)
     with RunLog(out, config, loop.num_steps, step) as log:
         while step < loop.num_steps:
             batch = next(batches).good()
-            if not len(batch):
-                step += 1
-                continue
-            with autocast(device, loop.precision):
-                ids = text.tokenize(batch.captions).to(device)
-                logits = pair(batch.images.to(device), ids)
-                loss = contrastive_loss(logits.float())
-            loss.backward()
-            rate = lr_at(step, loop.num_steps, config.optimizer)
+            rate, logits, loss = lr_at(step, loop.num_steps, config.optimizer), None, None
+            if len(batch):
+                with autocast(device, loop.precision):
+                    ids = text.tokenize(batch.captions).to(device)
+                    logits = pair(batch.images.to(device), ids)
+                    loss = contrastive_loss(logits.float())
+                loss.backward()
             norm = step_optimizer(optimizer, weights.values(), rate, config.optimizer)
             step += 1
-            if step % loop.log_every == 0 or step == loop.num_steps:
+            is_logged = step % loop.log_every == 0 or step == loop.num_steps
+            if is_logged and logits is not None and loss is not None:
                 truth = torch.arange(len(logits), device=device)
                 accuracy = (logits.argmax(1) == truth).float().mean()
                 scalars = {
@@ -139,7 +139,8 @@ def train_contrastive(config: ContrastiveRun, resume: str = "auto") -> Path:
                 log.scalars(step, scalars, loop.batch_size)
             if step % loop.checkpoint_every == 0 or step == loop.num_steps:
                 groups = {"model": weights, "optimizer": optimizer_tensors(optimizer, weights)}
-                save_checkpoint(out / "checkpoints", step, groups, {}, loop.keep_checkpoints)
+                state = {"loader": loader.state()}
+                save_checkpoint(out / "checkpoints", step, groups, state, loop.keep_checkpoints)
 
     target = Path(config.export or out / "text")
     text.save(target)

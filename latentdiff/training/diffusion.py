@@ -36,6 +36,7 @@ from latentdiff.training.optim import (
     optimizer_tensors,
     step_optimizer,
 )
+from latentdiff.training.restoring import restore_loader
 from latentdiff.unet import as_network
 
 
@@ -52,7 +53,6 @@ def train_diffusion(config: DiffusionRun, resume: str = "auto") -> Path:
     """
     torch.manual_seed(config.seed)
     device, out, loop = resolve_device(config.loop.device), Path(config.out), config.loop
-    micro = loop.batch_size // loop.accumulation
     loader = Loader(
         config.data,
         config.seed,
@@ -75,7 +75,8 @@ def train_diffusion(config: DiffusionRun, resume: str = "auto") -> Path:
     step = 0
     if (checkpoint := find_checkpoint(out / "checkpoints", resume)) is not None:
         step = checkpoint.step
-        _restore_data(checkpoint, loader, words)
+        restore_loader(checkpoint, loader)
+        _check_words(checkpoint, words)
         checkpoint.restore("model", weights)
         load_optimizer_tensors(optimizer, weights, checkpoint.group("optimizer"))
         ema.load(checkpoint.group("ema"), checkpoint.state["ema_updates"])
@@ -91,9 +92,10 @@ def train_diffusion(config: DiffusionRun, resume: str = "auto") -> Path:
                     continue
                 clean = clean_latents(model, cache, batch, config.seed, device)
                 seed_dropout(config.seed, int(batch.positions[0]))
-                loss = batch_loss(model, clean, batch, config) * (len(batch) / micro)
-                (loss / loop.accumulation).backward()
-                total += loss.detach() / loop.accumulation
+                share = len(batch) / batch.num_planned
+                loss = batch_loss(model, clean, batch, config) * share
+                loss.backward()
+                total += loss.detach()
             rate = lr_at(step, loop.num_steps, config.optimizer)
             norm = step_optimizer(optimizer, weights.values(), rate, config.optimizer)
             ema.update()
@@ -240,16 +242,10 @@ def _check_variance(model: Pipeline, config: DiffusionRun) -> None:
         )
 
 
-def _restore_data(checkpoint: Checkpoint, loader: Loader, words: str | None) -> None:
-    try:
-        loader.restore(checkpoint.state["loader"])
-        if checkpoint.state["tokenizer"] != words:
-            raise ValueError(
-                "the vocabulary was learned again and is another one; set text.pretrained to a "
-                "directory with the tokenizer of the run, or keep the version of tokenizers"
-            )
-    except (KeyError, ValueError) as error:
+def _check_words(checkpoint: Checkpoint, words: str | None) -> None:
+    if checkpoint.state.get("tokenizer", words) != words:
         raise ValueError(
-            f"the checkpoint of step {checkpoint.step} cannot go on here: {error}; or give another "
-            "`out`, or --resume none"
-        ) from error
+            f"the checkpoint of step {checkpoint.step} cannot go on here: the vocabulary was "
+            "learned again and is another one; set text.pretrained to a directory with the run's "
+            "tokenizer, or install the version of tokenizers that the run began with"
+        )

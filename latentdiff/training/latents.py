@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.batch import Batch
+from data_pipelines.ledger import BadSample
 from data_pipelines.loader import Loader
 from latentdiff.randomness import normal
 from vae.autoencoder import Autoencoder
@@ -30,11 +31,11 @@ class LatentCache:
     @classmethod
     @torch.no_grad()
     def encode(cls, autoencoder: Autoencoder, loader: Loader, device: torch.device) -> LatentCache:
-        """Encode every picture of the loader's index once."""
+        """Encode every picture of the loader's index once; bad ones will not be delivered."""
         means, stds = [], []
         for start in range(0, len(loader), _BATCH):
             stop = min(start + _BATCH, len(loader))
-            images = torch.stack([loader.image(i) for i in range(start, stop)])
+            images = torch.stack([_picture(loader, i) for i in range(start, stop)])
             mean, std = autoencoder.moments(images.to(device))
             means.append(mean.cpu().half())
             stds.append(std.cpu().half())
@@ -44,6 +45,15 @@ class LatentCache:
         """A posterior sample of each draw of the batch, float32 [b, c, h, w]."""
         mean, std = self.mean[batch.ids].float(), self.std[batch.ids].float()
         return mean + std * posterior_noise(mean, batch, seed)
+
+
+def _picture(loader: Loader, index: int) -> Tensor:
+    try:
+        return loader.image(index)
+    except BadSample as error:
+        loader.refuse(index, error)
+        side = loader.config.output_px
+        return torch.zeros(3, side, side)
 
 
 @torch.no_grad()

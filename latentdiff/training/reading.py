@@ -69,6 +69,8 @@ def read_batches(
     Raises:
         ValueError: nothing to read, or data that cannot be used.
     """
+    if start < 0:
+        raise ValueError(f"start must be at least 0; got {start}; steps count from 0")
     if num_steps <= start:
         raise ValueError(f"num_steps must be more than start; got {num_steps} and {start}")
     began = time.perf_counter()

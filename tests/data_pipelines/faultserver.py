@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 HTML = b"<html><body>Please log in</body></html>"
 # Faults that may pass by themselves, so that a client should try again
-PASSING = ("503", "429", "reset", "reset at once", "short", "html", "ignores range", "other range",
+PASSING = ("503", "429", "reset", "reset at once", "short", "html", "other range",
            "another size", "gzip", "stall", "stall in body")  # fmt: skip
 
 

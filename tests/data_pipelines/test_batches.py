@@ -93,7 +93,9 @@ def test_single_pictures_and_captions_for_caches(pairs: str) -> None:
     for place, number in enumerate(batch.ids.tolist()):
         assert torch.equal(loader.image(number), batch.images[place])
         draws = loader.locate(number)
-        assert loader.datasets[0].rows(int(draws.shards[0])).keys[draws.rows[0]] == key_of(number)
+        assert loader.datasets[0].rows(int(draws.shards[0])).key(int(draws.rows[0])) == key_of(
+            number
+        )
         assert loader.captions(number, [0, 7]) == [caption_of(number)] * 2
 
 

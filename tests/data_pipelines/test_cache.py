@@ -426,3 +426,41 @@ def test_closing_is_quick_and_leaves_no_thread(
     assert prefetchers() == []
     server.fault = ""
     assert cache.fetch(urls[0], SIZE).read_bytes() == DATA
+
+
+def test_what_is_asked_for_now_comes_before_what_was(
+    root: Path, server: FaultServer, urls: list[str]
+) -> None:
+    server.delay_s = 0.05
+    storage = Storage(StorageConfig(prefetch_threads=1))
+    with ShardCache(storage, root, 10 * SIZE) as cache:
+        cache.prefetch([(url, SIZE) for url in urls[:5]])
+        until(lambda: server.requests.total() == 1)
+        cache.prefetch([(urls[5], SIZE), (urls[1], SIZE)])  # the reader has gone on
+        until(lambda: not prefetchers())
+        assert {url[-6:] for url in urls if cache.path(url, SIZE)} == {
+            "/0.tar", "/5.tar", "/1.tar"
+        }  # fmt: skip
+        assert list(server.requests)[:2] == ["/0.tar", "/5.tar"]
+
+
+def test_no_more_is_prefetched_than_there_is_room_for(
+    root: Path, server: FaultServer, urls: list[str]
+) -> None:
+    with ShardCache(STORAGE, root, 3 * SIZE) as cache:
+        for _ in range(2):
+            cache.prefetch([("http://large", 4 * SIZE), *((url, SIZE) for url in urls)])
+            until(lambda: not prefetchers())
+            assert [cache.path(url, SIZE) is not None for url in urls] == [True] * 3 + [False] * 3
+    assert server.requests.total() == 3  # none pushes out another
+
+
+def test_prefetching_can_go_on_after_it_was_closed(
+    root: Path, server: FaultServer, urls: list[str]
+) -> None:
+    cache = ShardCache(STORAGE, root, 10 * SIZE)
+    cache.close()
+    cache.resume()
+    cache.prefetch([(urls[0], SIZE)])
+    until(lambda: cache.path(urls[0], SIZE) is not None)
+    cache.close()

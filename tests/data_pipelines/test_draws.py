@@ -109,7 +109,7 @@ def test_where_a_draw_lies_is_what_its_id_says(shards: dict[str, tuple[str, ...]
         draws = plan.step(step)
         for _, number, source, shard, row, _ in entries(draws):
             if number >= 0:
-                key = plan.datasets[source].rows(shard).keys[row]
+                key = plan.datasets[source].rows(shard).key(row)
                 assert int(key) == (number if number < 120 else number - 120 + 1000)
 
 
@@ -299,8 +299,50 @@ def test_a_filter_leaves_others_out(shards: dict[str, tuple[str, ...]]) -> None:
     ids = np.concatenate([plan.step(step).ids for step in range(5)])
     assert sorted(ids[:30].tolist()) == list(range(30))  # counted among those that take part
     keys = {
-        int(plan.datasets[0].rows(shard).keys[row])
+        int(plan.datasets[0].rows(shard).key(row))
         for step in range(5)
         for _, _, _, shard, row, _ in entries(plan.step(step))
     }
     assert keys == set(range(0, 90, 3))
+
+
+@pytest.mark.parametrize("variant", ["buckets", "all"])
+def test_empty_places_are_dealt_evenly(shards: dict[str, tuple[str, ...]], variant: str) -> None:
+    plan, seen = make_plan(shards, **VARIANTS[variant]), set()
+    for step in range(60):
+        for num_ranks in (2, 3, 4, 12):
+            counts = [
+                int((plan.rank(step, rank, num_ranks).ids >= 0).sum()) for rank in range(num_ranks)
+            ]
+            assert max(counts) - min(counts) <= 1
+            seen.add(sum(counts))
+    assert len(seen) > 3  # there were some
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_empty_places_are_counted_at_any_step(
+    shards: dict[str, tuple[str, ...]], variant: str
+) -> None:
+    plan, empty, before, rejected = make_plan(shards, **VARIANTS[variant]), 0, 0, 0
+    for step in range(50):
+        if (draws := plan.left_out(step)) is not None:
+            before, rejected = rejected, rejected + len(draws)  # of the chapters before this one
+            found = plan.empty_before(step)
+            assert found == (empty - before, step * BATCH)
+        elif plan.buckets is not None:
+            assert plan.empty_before(step) == (empty - before, step // 20 * 20 * BATCH)
+        else:
+            assert plan.empty_before(step) == (0, 0)
+        empty += int((plan.step(step).ids < 0).sum())
+
+
+@pytest.mark.parametrize("variant", ["buckets", "all"])
+def test_samples_are_spread_over_a_step(shards: dict[str, tuple[str, ...]], variant: str) -> None:
+    plan, counts = make_plan(shards, **VARIANTS[variant]), set()
+    for step in range(60):
+        filled = np.flatnonzero(plan.step(step).ids >= 0)
+        for parts in (2, 3, 4):  # micro-batches, say
+            each = np.bincount(filled * parts // BATCH, minlength=parts)
+            assert np.ptp(each) <= 1
+        counts.add(len(filled))
+    assert len(counts) > 3

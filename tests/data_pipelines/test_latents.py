@@ -233,6 +233,18 @@ def test_what_is_no_latent_is_named_and_left_out(kind: str, message: str) -> Non
     assert [i for i, _ in faults] == [0, 1]
 
 
+def test_a_batch_is_put_where_it_is_asked_to() -> None:
+    written = samples(4)
+    whole = read_latents(payloads(written), [0, 1, 2, 0])
+    target = np.full((6, *whole.shape[1:]), 7, np.float16)
+    to = (target, [5, 0, 2])
+    faults: list[tuple[int, BadSample]] = []
+    read_latents([*payloads(written[:2]), b"bad"], [0, 1, 0], faults=faults, to=to)
+    np.testing.assert_array_equal(target[[5, 0]], whole[:2])
+    assert (target[1:5] == 7).all()
+    assert [number for number, _ in faults] == [2]
+
+
 def test_a_batch_of_bad_ones_alone_has_no_shape() -> None:
     faults: list[tuple[int, BadSample]] = []
     assert read_latents([b"", b"x"], [1, 1], faults=faults).size == 0

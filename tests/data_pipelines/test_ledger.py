@@ -166,3 +166,27 @@ def test_an_index_with_too_many_bad_samples_is_refused() -> None:
 def test_a_bad_sample_can_be_sent_between_processes() -> None:
     error = pickle.loads(pickle.dumps(BadSample("cut", "x.tar:k: it ends early")))
     assert (type(error), error.reason, str(error)) == (BadSample, "cut", "x.tar:k: it ends early")
+
+
+@pytest.mark.parametrize("key", ["a\u2028b", "a\x85b", "a\x1cb", "a\rb", "a\nb", "\udcff"])
+def test_names_with_anything_in_them(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "ledger.jsonl"
+    first = Ledger(1.0, path)
+    first.record(8, [Skip("x.tar", key, "cut", key, 1), skip(2)])
+    for _ in range(2):
+        again = Ledger(1.0, path, cursor=10)
+        assert again.counts == first.counts == {"cut": 1, "bad image": 1}
+        assert again.num_delivered == 8
+
+
+def test_places_that_the_plan_left_empty_were_no_samples() -> None:
+    assert Ledger(1.0, cursor=400, num_empty=40).num_delivered == 360
+    assert Ledger(1.0, cursor=400, num_ranks=4, num_empty=40).num_delivered == 90
+
+
+def test_pictures_without_a_bucket_left_places_empty(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    left_out = [skip(0, "aspect ratio"), skip(0, "aspect ratio"), skip(40, "aspect ratio")]
+    Ledger(1.0, path).record(9, [*left_out, skip(44)])
+    again = Ledger(1.0, path, cursor=50, num_empty=7, chapter=40)
+    assert again.num_delivered == 50 - 7 - 2 - 1  # those of the chapter under way are in the 7

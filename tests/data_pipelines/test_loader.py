@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,14 @@ def joined(parts: list[Batch]) -> Batch:
         fields[name] = tuple(values) if is_text else np.array(values)
     pixels = torch.cat([part.pixels for part in parts if part.pixels is not None])
     pixels = pixels[torch.from_numpy(by_position)]
-    return Batch(step=parts[0].step, pixels=pixels, latents=None, tokens=None, **fields)
+    return Batch(
+        step=parts[0].step,
+        num_planned=parts[0].num_planned,
+        pixels=pixels,
+        latents=None,
+        tokens=None,
+        **fields,
+    )
 
 
 # The cursor
@@ -312,8 +320,11 @@ def test_remote_tars_are_read_as_local_ones(tmp_path: Path, server: FaultServer)
             {"shards": urls, "size_px": 8, "storage": {**storage, "cache_gb": gigabytes}}
         )
         assert Loader(remote, 0, 4).fingerprint == Loader(local, 0, 4).fingerprint
-        assert_same(batches(12, remote, 0, 4), batches(12, local, 0, 4))
-    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 3  # prefetched
+        found = iter(Loader(remote, 0, 4))
+        assert_same(list(islice(found, 12)), batches(12, local, 0, 4))
+        if gigabytes:
+            assert len(until_there(tmp_path / "cache" / "shards", 3)) == 3  # prefetched
+        found.close()
 
 
 def test_a_store_that_goes_away_is_counted(tmp_path: Path, server: FaultServer) -> None:
@@ -365,3 +376,79 @@ def test_shards_that_are_not_there(tmp_path: Path) -> None:
         Loader(config(str(tmp_path / "none-*.tar")), 0, 8)
     with pytest.raises(ValueError, match="give shards, or select"):
         DataConfig()
+
+
+@pytest.mark.parametrize("step", [5, 12, 17, 30])
+def test_the_ledger_goes_on_where_it_was(two: dict[str, Any], tmp_path: Path, step: int) -> None:
+    chosen = DataConfig.model_validate({**two, **BUCKETS})
+
+    def read(name: str, start: int, stop: int) -> tuple[int, dict[str, int], str]:
+        path = tmp_path / name
+        loader = Loader(chosen, 0, 8, start * 8, ledger_path=path)
+        list(islice(loader, stop - start))
+        return loader.ledger.num_delivered, dict(loader.ledger.counts), path.read_text()
+
+    whole = read("whole.jsonl", 0, 40)
+    read("parts.jsonl", 0, step + 2)  # two steps that no checkpoint knows
+    assert read("parts.jsonl", step, 40) == whole
+    assert whole[1]["aspect ratio"] > 0
+
+
+def remote(tmp_path: Path, server: FaultServer, **storage: float) -> DataConfig:
+    (path,) = write_pairs(tmp_path, [12])
+    server.files["/x.tar"] = Path(path).read_bytes()
+    index([f"{server.url}/x.tar"], tmp_path / "cache")
+    values = {"cache_dir": str(tmp_path / "cache"), **storage}
+    return config(f"{server.url}/x.tar", size_px=8, storage=values)
+
+
+def test_a_loader_that_is_read_again_fetches_again(tmp_path: Path, server: FaultServer) -> None:
+    loader = Loader(remote(tmp_path, server), 0, 6)
+    for _ in range(2):
+        iterator = iter(loader)
+        next(iterator)
+        (copy,) = until_there(tmp_path / "cache" / "shards", 1)
+        iterator.close()
+        copy.unlink()
+
+
+def until_there(folder: Path, count: int) -> list[Path]:
+    give_up = time.monotonic() + 30
+    while len(found := list(folder.glob("*.tar"))) < count and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return found
+
+
+def test_an_iterator_is_left_at_once_though_a_server_does_not_answer(
+    tmp_path: Path, server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        while not server.requests["/x.tar"]:
+            time.sleep(0.005)
+        raise KeyboardInterrupt
+
+    loader = Loader(remote(tmp_path, server, cache_gb=0, deadline_s=60), 0, 6)
+    server.requests.clear()
+    server.fault = "stall"
+    monkeypatch.setattr(loader, "_collect", interrupted)
+    before, begin = set(threading.enumerate()), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(loader))
+    assert time.monotonic() - begin < 2
+    assert not [t for t in threading.enumerate() if t.name.startswith("decode") and t not in before]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_nobody_foresaw_names_the_sample(
+    shards: str, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    loader = Loader(config(shards, num_workers=num_workers), 0, 8)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a decoder's own mistake")
+
+    monkeypatch.setattr(loader._assembler, "picture", fail)
+    with pytest.raises(RuntimeError, match="own mistake") as error:
+        next(iter(loader))
+    (note,) = error.value.__notes__
+    assert re.fullmatch(r"while reading .*train-00000\d\.tar:.+\.\w+", note)

@@ -106,6 +106,29 @@ def test_a_tar_that_is_cut_after_it_was_mapped_ends_no_process(tar: Path) -> Non
     assert refusal(Reader(), str(tar))[0] == "cut"  # empty: it cannot even be mapped
 
 
+def test_several_payloads_at_once_are_the_good_ones_alone(tar: Path) -> None:
+    offsets, sizes = ([member[i] for member in MEMBERS] for i in (0, 1))
+    crcs = [zlib.crc32(DATA[o : o + s]) for o, s in MEMBERS]
+
+    def found(reader: Reader, asked: list[int]) -> list[bytes | None]:
+        payloads = reader.payloads(str(tar), len(DATA), offsets, asked, crcs)
+        return [None if payload is None else bytes(payload) for payload in payloads]
+
+    good: list[bytes | None] = [DATA[o : o + s] for o, s in MEMBERS]
+    reader = Reader()
+    assert found(reader, sizes) == good
+    assert found(reader, [-1, *sizes[1:]]) == [None, *good[1:]]  # a member that is not there
+    data = bytearray(DATA)
+    data[600] ^= 1
+    tar.write_bytes(data)  # the second one's
+    assert found(Reader(), sizes) == [good[0], None, *good[2:]]
+    os.truncate(tar, 39_500)
+    assert found(reader, sizes) == [good[0], None, good[2], None]
+    for size in (0, None):
+        os.truncate(tar, size) if size is not None else tar.unlink()
+        assert found(Reader(), sizes) == [None] * len(sizes)
+
+
 def test_a_missing_tar_and_a_folder_instead(tar: Path) -> None:
     reason, message = refusal(Reader(), f"{tar}.gone")
     assert reason == "missing shard"

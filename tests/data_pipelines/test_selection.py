@@ -379,7 +379,9 @@ def test_remote_sidecars_are_fetched_a_group_at_a_time(
     most: list[int] = []
 
     class Bucket(Storage):
-        def read(self, url: str, offset: int = 0, size: int | None = None) -> bytes:
+        def read(
+            self, url: str, offset: int = 0, size: int | None = None, cancel: object = None
+        ) -> bytes:
             most.append(len(list(scratch.rglob("*.parquet"))))
             return (tmp_path / url.removeprefix("s3://bucket/")).read_bytes()
 

@@ -21,6 +21,7 @@ from data_pipelines import scan
 from data_pipelines.index import IndexedShards
 from data_pipelines.phash import phash_name
 from data_pipelines.selection import select
+from data_pipelines.sidecar import Summary, write_sidecar
 from data_pipelines.stats import QUANTILES, Stats, measure
 from data_pipelines.stats_plots import write_stats
 from data_pipelines.stats_text import human_bytes, report_lines
@@ -72,7 +73,10 @@ def write_index(folder: Path, shards: Sequence[Sequence[Row]]) -> IndexedShards:
         urls.append(str(folder / f"{number}.tar"))
         sidecars.append(f"{urls[-1]}.index.parquet")
         digests.append(str(number))
-        pq.write_table(pa.table(columns), sidecars[-1])
+        good = sum(row["fault"] is None for row in rows)
+        name, size = Path(urls[-1]).name, 10**6 * len(rows)
+        summary = Summary(name, size, "", "", len(rows), good, digests[-1])
+        write_sidecar(sidecars[-1], pa.table(columns), summary)
     counts = np.array([len(rows) for rows in shards])
     good = np.array([sum(row["fault"] is None for row in rows) for rows in shards])
     bad = {"bad image": int(counts.sum() - good.sum())}

@@ -48,6 +48,27 @@ def test_braces_globs_and_folders(tmp_path: Path) -> None:
         expand_shards([])
 
 
+def test_many_names_are_found_as_few_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for i in range(200):
+            (tmp_path / folder / f"{i:03d}.tar").touch()
+    whole = [f"{folder}/{i:03d}.tar" for folder in "ab" for i in range(200)]
+    assert expand_shards("{a,b}/{000..199}.tar") == whole
+    assert expand_shards(f"{tmp_path}/{{a,b}}/{{000..199}}.tar") == [
+        str(tmp_path / name) for name in whole
+    ]
+    assert expand_shards(["b/{000..199}.tar", "{a,b}/{000..199}.tar"]) == whole[200:] + whole[:200]
+    monkeypatch.chdir("a")
+    assert expand_shards("{0..1}{00..99}.tar") * 2 == [name[2:] for name in whole]
+    (tmp_path / "b" / "017.tar").unlink()
+    with pytest.raises(ValueError, match=r"no shard matches '\.\./b/017\.tar'"):
+        expand_shards("../{a,b}/{000..199}.tar")
+    with pytest.raises(ValueError, match=r"no shard matches 'c/000\.tar'"):
+        expand_shards("{.,c}/{000..199}.tar")
+
+
 def test_remote_braces_ask_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(remote, "start", None)
     monkeypatch.setattr(remote, "file_system", None)

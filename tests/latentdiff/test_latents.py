@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
+from data_pipelines.index import index_shards
 from data_pipelines.loader import Loader
 from latentdiff.training.latents import LatentCache, encode_batch, posterior_noise
 from vae.autoencoder import Autoencoder
@@ -48,3 +50,21 @@ def test_the_posteriors_noise_depends_on_the_position_alone(data: DataConfig) ->
     assert torch.equal(whole, torch.cat(parts))
     assert not torch.equal(whole, posterior_noise(like, large, seed=6))
     assert abs(whole.mean()) < 0.2 and abs(whole.std() - 1) < 0.2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_picture_is_counted_and_never_drawn(
+    assets: Path, tiny_autoencoder: Path, tmp_path: Path, num_workers: int
+) -> None:
+    tar = Path(shutil.copy(assets / "val-000000.tar", tmp_path))
+    index_shards([str(tar)], workers=1)
+    data = DataConfig(shards=(str(tar),), size_px=16, num_workers=num_workers)
+    loader = Loader(data, 5, 10, with_images=False)
+    damaged = bytearray(tar.read_bytes())
+    damaged[int(loader.datasets[0].rows(0).members["picture"].offsets[7]) + 20] ^= 0xFF
+    tar.write_bytes(damaged)
+    LatentCache.encode(Autoencoder.load(tiny_autoencoder).eval(), loader, CPU)
+    epoch = list(islice(loader, 3))
+    missing = [int(i) for batch in epoch for i in batch.ids[~batch.valid]]
+    assert missing == [7]
+    assert loader.ledger.counts == {"crc mismatch": 1}

@@ -131,6 +131,7 @@ def batch_at(position: int, count: int) -> Batch:
     places, sizes = np.arange(count), np.zeros((count, 2), np.int32)
     return Batch(
         step=0,
+        num_planned=count,
         positions=position + places,
         ids=places,
         valid=np.ones(count, dtype=bool),

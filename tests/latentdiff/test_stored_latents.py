@@ -126,3 +126,20 @@ def test_stored_ids_condition_as_their_captions_do(
     assert torch.equal(found.tokens, expected.tokens)
     assert (ids == empty.to(ids)).all(1).tolist() == [True] * 4 + [False] * 6
     assert torch.equal(drop_ids(batch.tokens, empty, uniform, 0.0), batch.tokens)
+
+
+def test_a_tar_that_the_folder_does_not_know(
+    pictures: Path, encoders: Encoders, tmp_path: Path
+) -> None:
+    out = store(pictures, encoders, tmp_path / "latents")
+    tar = out / "val-000000.tar"
+    shutil.copy(tar, out / "other.tar")  # by another model, say: nothing in it tells
+    message = r"other\.tar \(\d+ bytes\) is not among the latents that .*latents\.json names"
+    with pytest.raises(ValueError, match=message):
+        batches(out, "latents", 1)
+    (out / "other.tar").unlink()
+    batches(out, "latents", 1)
+    with open(tar, "ab") as file:
+        file.write(bytes(10_240))
+    with pytest.raises(ValueError, match=r"val-000000\.tar .* is not among the latents"):
+        batches(out, "latents", 1)

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from torch import Tensor
 
+from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.loader import Loader
 from latentdiff.config import AutoencoderRun, load
@@ -319,3 +321,26 @@ def test_a_tiny_autoencoder_cannot_be_trained(assets: Path, tmp_path: Path) -> N
     )
     with pytest.raises(ValueError, match=r"is an AutoencoderTiny; only an AutoencoderKL can be"):
         train_autoencoder(config)
+
+
+def test_a_run_goes_on_with_its_own_data_alone(assets: Path, tmp_path: Path) -> None:
+    config = run_config(assets, tmp_path, {"num_steps": 2})
+    train_autoencoder(config)
+    data = config.data.model_copy(update={"shards": (str(assets / "train-000000.tar"),)})
+    with pytest.raises(
+        ValueError, match=r"the checkpoint of step 2 cannot go on here: .* another fingerprint"
+    ):
+        train_autoencoder(config.model_copy(update={"data": data}))
+
+
+def test_a_step_without_samples_trains_no_critic(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = Batch.good
+
+    def none_at_second(self: Batch) -> Batch:
+        return self._take(np.arange(0)) if self.step == 1 else good(self)
+
+    monkeypatch.setattr(Batch, "good", none_at_second)
+    train_autoencoder(run_config(assets, tmp_path, {"num_steps": 3}, objective=GAN))
+    assert "critic_loss" in metrics(tmp_path)[-1]

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from data_pipelines.batch import Batch
 from latentdiff.config import ContrastiveRun, ImageTowerConfig, load
 from latentdiff.text import TextEncoder
 from latentdiff.training.checkpoint import read_checkpoint
@@ -49,7 +51,7 @@ def run_config(assets: Path, out: Path, **loop: Any) -> ContrastiveRun:
                 "tokenizer": {"vocab_size": 600},
             },
             "image": {"channels": [8, 16]},
-            "optimizer": {"lr": 5e-3, "warmup_steps": 1, "decay": "constant"},
+            "optimizer": {"lr": 2e-3, "warmup_steps": 1, "decay": "constant"},
             "loop": {
                 "num_steps": 4,
                 "batch_size": 16,
@@ -162,3 +164,30 @@ def test_mistakes(assets: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"the checkpoint of step 2 does not fit this run"):
         train_contrastive(other)
+
+
+def test_a_run_goes_on_with_its_own_data_alone(assets: Path, tmp_path: Path) -> None:
+    config = run_config(assets, tmp_path, num_steps=2)
+    train_contrastive(config)
+    message = r"the checkpoint of step 2 cannot go on here: .* another fingerprint: .*--resume none"
+    data = config.data.model_copy(update={"shards": (str(assets / "train-000000.tar"),)})
+    with pytest.raises(ValueError, match=message):
+        train_contrastive(config.model_copy(update={"data": data}))
+    with pytest.raises(ValueError, match=r"cannot go on here: .* another batch_size: 16, here 8"):
+        train_contrastive(run_config(assets, tmp_path, num_steps=4, batch_size=8))
+
+
+def test_a_step_without_samples_is_saved_like_any_other(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, seen = Batch.good, []
+
+    def none_at_last(self: Batch) -> Batch:
+        seen.append(self.step)
+        return self._take(np.arange(0)) if self.step == 1 else good(self)
+
+    monkeypatch.setattr(Batch, "good", none_at_last)
+    train_contrastive(run_config(assets, tmp_path, num_steps=2))
+    assert seen == [0, 1]
+    assert read_checkpoint(tmp_path / "checkpoints" / "step-2").state["loader"]["cursor"] == 32
+    assert len(metrics(tmp_path)) == 1
