@@ -62,6 +62,8 @@ def contenders(shards: list[str]) -> dict[str, Contender]:
     return {
         "latentdiff, scaled decoding": partial(ours, shards, True),
         "latentdiff, full decoding": partial(ours, shards, False),
+        "latentdiff, scaled, to bytes": partial(ours_as_bytes, shards, True),
+        "latentdiff, full, to bytes": partial(ours_as_bytes, shards, False),
         "webdataset, default": partial(webdataset, shards),
         "open_clip's pipeline": partial(open_clip, shards),
         "webdataset, with our decoding": partial(webdataset_with_ours, shards),
@@ -88,6 +90,13 @@ def ours(shards: list[str], scaled: bool, workers: int = 0) -> Iterator[int]:
     """The loader of this project, up to floats."""
     for batch in Loader(_config(shards, scaled, workers), 0, BATCH):
         yield _checked(batch.images, batch.captions)
+
+
+def ours_as_bytes(shards: list[str], scaled: bool) -> Iterator[int]:
+    """The same up to uint8, which a GPU turns into floats itself."""
+    for batch in Loader(_config(shards, scaled), 0, BATCH):
+        assert batch.pixels is not None and batch.pixels.shape[1:] == (SIZE_PX, SIZE_PX, 3)
+        yield len(batch)
 
 
 def _checked(images: Tensor, captions: Any) -> int:
@@ -128,7 +137,7 @@ def webdataset(shards: list[str], workers: int = 0) -> Iterator[int]:
 
 
 def open_clip(shards: list[str]) -> Iterator[int]:
-    """The stages of open_clip_train/data.py, written out: it is not in open_clip's wheel."""
+    """The stages of open_clip_train/data.py, written out: the file itself ends after an epoch."""
     wds = library("webdataset")
     picture = _transform((0.48, 0.458, 0.408), (0.269, 0.261, 0.276), bicubic=True)
     data = wds.DataPipeline(

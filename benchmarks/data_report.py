@@ -92,8 +92,9 @@ def _jpeg(part: Numbers) -> Iterator[str]:
         yield from _table(["", *steps], rows)
     yield ""
     yield (
-        '"open_clip\'s pipeline" is the stages of open_clip_train/data.py written out, since that '
-        'is not in the wheel. "webdataset, with our decoding" is webdataset\'s reading and buffer '
+        '"open_clip\'s pipeline" is the stages of open_clip_train/data.py, without end. '
+        '"to bytes" ends with uint8, as the loader hands a batch to a GPU, which makes the floats. '
+        '"webdataset, with our decoding" is webdataset\'s reading and buffer '
         "with this project's decode, resize and float. torchdata has no reader of tars any more "
         "(0.11). Ours resizes with Lanczos; torchvision, as diffusers' script asks for, bilinearly "
         "with antialiasing; open_clip bicubically."

@@ -30,8 +30,8 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
+from data_pipelines.expand import expand_shards
 from data_pipelines.shards import Sample, ShardInfo, read_shard, write_shards
-from data_pipelines.storage import expand_shards
 from latentdiff.training.reading import merge_logs
 
 BATCH_SIZE, NUM_STEPS = 48, 600

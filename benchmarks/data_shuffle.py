@@ -27,7 +27,7 @@ def orders(num_shards: int, shard_size: int) -> Iterator[tuple[str, int, Epoch]]
     """(name, samples that are held or lie open at a time, epoch)."""
     total = num_shards * shard_size
     yield "full shuffle", total, lambda epoch: np.random.default_rng(epoch).permutation(total)
-    for block in dict.fromkeys((shard_size, 65_536, 8 * shard_size, total)):
+    for block in dict.fromkeys((shard_size, 262_144, 8 * shard_size, total)):
         if block <= total:
             order = partial(_ours, num_shards, shard_size, block, 1)
             yield f"latentdiff, blocks of {block:,}", block, order

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from data_pipelines.config import OrderConfig, SourceConfig
+from data_pipelines.expand import expand_shards
 from data_pipelines.index import open_index
 from data_pipelines.recent import Recent
 from data_pipelines.selection import Selection, load_selection, select
 from data_pipelines.shards import IMAGE_EXTENSIONS
 from data_pipelines.sidecar import FIXED_COLUMNS, read_table, summary_of
-from data_pipelines.storage import Storage, expand_shards, is_local
+from data_pipelines.storage import Storage, is_local
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -118,8 +118,8 @@ def show(
 
     Example: latentdiff data show "data/emoji/train-*.tar" --num 64 --out sheet.png
     """
+    from data_pipelines.expand import expand_shards
     from data_pipelines.show import contact_sheet
-    from data_pipelines.storage import expand_shards
 
     count = contact_sheet(expand_shards(shards), out, num=num, columns=columns)
     typer.echo(f"{out}: {count} samples")
@@ -149,8 +149,8 @@ def index(
 
     Example: latentdiff data index "data/emoji/train-*.tar"
     """
+    from data_pipelines.expand import expand_shards
     from data_pipelines.index import index_shards
-    from data_pipelines.storage import expand_shards
 
     with _progress() as report:
         done = index_shards(expand_shards(shards), out, workers=workers, progress=report)
@@ -193,7 +193,7 @@ def verify(
 
     Example: latentdiff data verify "data/emoji/train-*.tar"
     """
-    from data_pipelines.storage import expand_shards
+    from data_pipelines.expand import expand_shards
     from data_pipelines.verify import verify_shards
 
     with _progress() as report:
@@ -251,9 +251,9 @@ def select(
     Example: latentdiff data select data/laion --where "aesthetic >= 5 and pwatermark < 0.8" --dedup
     sha256 --out good.parquet
     """
+    from data_pipelines.expand import expand_shards
     from data_pipelines.index import open_index
     from data_pipelines.selection import DEDUP, refuse_other_file, select
-    from data_pipelines.storage import expand_shards
 
     if dedup is not None and dedup not in DEDUP:
         raise ValueError(f"--dedup must be {' or '.join(DEDUP)}; got {dedup!r}")
@@ -297,12 +297,12 @@ def stats(
     """
     import json
 
+    from data_pipelines.expand import expand_shards
     from data_pipelines.index import open_index
     from data_pipelines.selection import is_selection, load_selection
     from data_pipelines.stats import measure
     from data_pipelines.stats_plots import write_stats
     from data_pipelines.stats_text import report_lines
-    from data_pipelines.storage import expand_shards
 
     with _progress() as report:
         if len(shards) == 1 and is_selection(shards[0]):

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from data_pipelines.tarscan import Member, TarScan, scan_tar
+
 BLOCK = 512
 Members = list[tuple[str, bytes]]
 
@@ -270,3 +272,25 @@ DAMAGES: dict[str, Damage] = {
     "a pickle beside": Damage(members=_add("pkl", b"cos\nsystem\n(S'touch pwned'\ntR."), usable=5,
                               is_seen=False),
 }  # fmt: skip
+
+
+NINE = {
+    f"{key}.{extension}": f"{key} {extension} ".encode() * count
+    for key in ("a", "b", "c")
+    for extension, count in (("json", 1), ("png", 200), ("txt", 3))
+}
+
+
+def scan(data: bytes | bytearray) -> TarScan:
+    """The scan of some bytes."""
+    return scan_tar(memoryview(bytes(data)))
+
+
+def good(found: TarScan) -> list[Member]:
+    """Members that no damage touches."""
+    return [member for member in found.members if member.damage is None]
+
+
+def payload(data: bytes | bytearray, member: Member) -> bytes:
+    """The bytes of a member."""
+    return bytes(data[member.offset : member.offset + member.size])

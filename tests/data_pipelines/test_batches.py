@@ -18,9 +18,9 @@ from tars import tar_bytes
 
 from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
+from data_pipelines.expand import expand_shards
 from data_pipelines.loader import Loader
 from data_pipelines.shards import read_shard
-from data_pipelines.storage import expand_shards
 from data_pipelines.transforms import to_float, to_image, to_tensor
 
 SIZES = [(16, 16), (32, 16), (16, 24), (24, 16), (48, 48), (128, 16)]

@@ -13,9 +13,10 @@ import pytest
 from faultserver import FaultServer
 
 from data_pipelines.config import StorageConfig
+from data_pipelines.expand import expand_shards
 from data_pipelines.index import index_shards, open_index
 from data_pipelines.sidecar import read_table
-from data_pipelines.storage import Storage, expand_shards
+from data_pipelines.storage import Storage
 
 LAION = ["similarity", "pwatermark", "punsafe", "aesthetic", "url", "sha256", "status"]
 

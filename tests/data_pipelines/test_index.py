@@ -24,12 +24,13 @@ from tars import DAMAGES, five, headers, png, tar_bytes
 
 from data_pipelines import index as module
 from data_pipelines.config import StorageConfig
+from data_pipelines.expand import expand_shards
 from data_pipelines.index import MANIFEST, IndexedShards, ShardFault, index_shards, open_index
 from data_pipelines.manifest import Entry, merge_manifest
 from data_pipelines.samples import read_samples
 from data_pipelines.shards import read_shard
 from data_pipelines.sidecar import read_summary, read_table, sidecar_name
-from data_pipelines.storage import Storage, expand_shards
+from data_pipelines.storage import Storage
 from data_pipelines.tarscan import scan_tar
 
 

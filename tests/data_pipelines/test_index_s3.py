@@ -10,9 +10,10 @@ import pytest
 from tars import five, tar_bytes
 
 from data_pipelines.config import StorageConfig
+from data_pipelines.expand import expand_shards
 from data_pipelines.index import index_shards, open_index
 from data_pipelines.sidecar import read_summary, read_table
-from data_pipelines.storage import Storage, StorageError, expand_shards
+from data_pipelines.storage import Storage, StorageError
 from data_pipelines.verify import verify_shards
 
 

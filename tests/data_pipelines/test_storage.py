@@ -18,7 +18,8 @@ from faultserver import FaultServer
 from data_pipelines import remote, web
 from data_pipelines import storage as module
 from data_pipelines.config import StorageConfig
-from data_pipelines.storage import Storage, StorageError, expand_shards, is_local, local_path
+from data_pipelines.expand import expand_shards
+from data_pipelines.storage import Storage, StorageError, is_local, local_path
 
 DATA = random.Random(0).randbytes(10_000)
 
@@ -303,7 +304,8 @@ def test_importing_is_light_and_exit_is_quiet(
 ) -> None:
     code = f"""
 import sys
-from data_pipelines.storage import Storage, expand_shards
+from data_pipelines.expand import expand_shards
+from data_pipelines.storage import Storage
 assert not {{"fsspec", "aiohttp", "s3fs", "torch", "numpy"}} & set(sys.modules)
 print(len(Storage().read({url!r})))
 """

@@ -16,7 +16,8 @@ from faultserver import FaultServer
 
 from data_pipelines import storage as module
 from data_pipelines.config import StorageConfig
-from data_pipelines.storage import Storage, StorageError, expand_shards
+from data_pipelines.expand import expand_shards
+from data_pipelines.storage import Storage, StorageError
 
 DATA = random.Random(0).randbytes(10_000)
 SETTINGS = {
@@ -166,7 +167,8 @@ def test_a_public_bucket_needs_no_account(
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     code = """
-from data_pipelines.storage import Storage, expand_shards
+from data_pipelines.expand import expand_shards
+from data_pipelines.storage import Storage
 print(expand_shards("s3://bucket/data/val-*"), len(Storage().read("s3://bucket/data/val-000000.tar")))
 """
     done = run_python("-c", code, FSSPEC_S3_ANON="true")

@@ -16,9 +16,10 @@ from faultserver import FaultServer
 from tars import BLOCK, DAMAGES, five, headers, sealed, tar_bytes
 
 from data_pipelines.config import StorageConfig
+from data_pipelines.expand import expand_shards
 from data_pipelines.index import MANIFEST, index_shards
 from data_pipelines.sidecar import read_table, sidecar_name
-from data_pipelines.storage import Storage, expand_shards
+from data_pipelines.storage import Storage
 from data_pipelines.verify import verify_shards
 
 RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]

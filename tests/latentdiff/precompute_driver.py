@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from data_pipelines.config import DataConfig
+from data_pipelines.expand import expand_shards
 from data_pipelines.index import index_shards
-from data_pipelines.storage import expand_shards
 from latentdiff.encoding import Encoders, load_encoders
 from latentdiff.precompute import precompute
 
