@@ -284,13 +284,17 @@ class DiffusionRun(_Run):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.cache_latents and self.data.payload == "latents":
+            raise ValueError(
+                "data.payload is latents, so nothing is left to encode and keep; set "
+                "cache_latents: false"
+            )
         if self.cache_latents and not self.data.is_deterministic:
             raise ValueError(
                 "cache_latents needs pictures that are the same at every draw; got crop "
-                f"{self.data.crop}, crop_px {self.data.crop_px}, flip {self.data.flip}, payload "
-                f"{self.data.payload}{', buckets' * (self.data.buckets is not None)}; use crop: "
-                "center, crop_px: null, flip: false, payload: images, buckets: null, or "
-                "cache_latents: false"
+                f"{self.data.crop}, crop_px {self.data.crop_px}, flip {self.data.flip}"
+                f"{', buckets' * (self.data.buckets is not None)}; use crop: center, crop_px: "
+                "null, flip: false, buckets: null, or cache_latents: false"
             )
         if self.schedule.kind != "edm" and self.samples.num_steps > self.schedule.num_timesteps:
             raise ValueError(

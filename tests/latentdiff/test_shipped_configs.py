@@ -167,11 +167,12 @@ def test_the_tiny_config_is_valid() -> None:
         (
             ["cache_latents=true", "data.crop=random"],
             "cache_latents needs pictures that are the same at every draw; got crop random, "
-            "crop_px None, flip False; use crop: center, crop_px: null, flip: false, or "
-            "cache_latents: false",
+            "crop_px None, flip False; use crop: center, crop_px: null, flip: false, buckets: "
+            "null, or cache_latents: false",
         ),
         (["cache_latents=true", "data.crop_px=16"], "cache_latents needs .* crop_px 16"),
         (["cache_latents=true", "data.flip=true"], "cache_latents needs .* flip True"),
+        (["cache_latents=true", "data.payload=latents"], "data.payload is latents, so nothing"),
         (
             ["unet.cross_attention=[true]"],
             "unet: cross_attention needs one entry a level; got 1 for 2 channels",
