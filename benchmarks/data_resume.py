@@ -6,8 +6,8 @@
 Two data sets from the practice set: single emoji of three styles (a filter over all nine), and rows
 and columns of two or three, which have other aspect ratios. Both are mixed 7 : 3 in buckets. One
 process reads all steps. Then torchrun starts 2 ranks with 3 workers, 1 rank with none, and 4 ranks
-with 1 worker, in turn; each is killed (SIGKILL to the whole group) in the middle of a step but the
-last. Steps, positions, sample ids and a CRC of every picture with its caption must be the same.
+with 1 worker, in turn; each but the last is killed (SIGKILL to the launcher and all its workers) in
+the middle of a step. Steps, positions, sample ids and a CRC of every picture with its caption must be the same.
 """
 
 from __future__ import annotations
@@ -122,6 +122,12 @@ def read(config: Path, log: Path, ranks: int, workers: int, start: int) -> subpr
     )
 
 
+def descendants(pid: int) -> list[int]:
+    """All processes that one has started (torchrun's workers have sessions of their own)."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    return [found for child in map(int, children) for found in (*descendants(child), child)]
+
+
 def steps_done(log: Path, start: int, ranks: int) -> int:
     """Steps that every rank of the newest start has logged: what a checkpoint could hold."""
     done = []
@@ -143,7 +149,8 @@ def interrupted(config: Path, log: Path) -> list[dict[str, int]]:
         while process.poll() is None and (last or steps_done(log, start, ranks) < goal):
             time.sleep(0.005)
         if not last:
-            os.killpg(process.pid, signal.SIGKILL)
+            for pid in [*descendants(process.pid), process.pid]:
+                os.kill(pid, signal.SIGKILL)
         process.wait()
         done = steps_done(log, start, ranks)
         starts.append({"ranks": ranks, "workers": workers, "from_step": start, "to_step": done})
