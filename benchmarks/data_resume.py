@@ -7,7 +7,8 @@ Two data sets from the practice set: single emoji of three styles (a filter over
 and columns of two or three, which have other aspect ratios. Both are mixed 7 : 3 in buckets. One
 process reads all steps. Then torchrun starts 2 ranks with 3 workers, 1 rank with none, and 4 ranks
 with 1 worker, in turn; each but the last is killed (SIGKILL to the launcher and all its workers) in
-the middle of a step. Steps, positions, sample ids and a CRC of every picture with its caption must be the same.
+the middle of a step. Steps, positions, sample ids and a CRC of every picture with its caption must
+be the same.
 """
 
 from __future__ import annotations
