@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import re
@@ -24,12 +25,14 @@ GRACE_S = 1.0  # for a machine that is busy
 READ = 900  # bytes, from 100 on
 
 
-def children() -> list[str]:
-    return [
-        child
-        for task in os.listdir("/proc/self/task")
-        for child in Path(f"/proc/self/task/{task}/children").read_text().split()
-    ]
+def children() -> list[int]:
+    """Processes that this one has started, by the thread that did."""
+    found: list[int] = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            text = Path(f"/proc/self/task/{task}/children").read_text()
+            found += [int(child) for child in text.split()]
+    return found
 
 
 def running_threads() -> set[threading.Thread]:
