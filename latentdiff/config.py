@@ -19,66 +19,21 @@ from latentdiff.configbase import Frozen
 from latentdiff.configfile import load_config
 from latentdiff.configobjective import DiffusionObjectiveConfig
 from latentdiff.configschedule import ScaledLinearSchedule, ScheduleConfig
+from latentdiff.configtraining import (
+    DiffusionLoopConfig,
+    EmaConfig,
+    EvaluationConfig,
+    HealthConfig,
+    LoggingConfig,
+    LoopConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ValidationConfig,
+)
 from vae.config import AutoencoderConfig, IdentityConfig, KLConfig, ObjectiveConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-
-class OptimizerConfig(Frozen):
-    """AdamW with linear warm-up, then constant, cosine or linear decay to `final_lr_ratio * lr`."""
-
-    lr: float = Field(default=1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    warmup_steps: int = Field(default=500, ge=0)
-    decay: Literal["constant", "cosine", "linear"] = "cosine"
-    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
-
-
-class EmaConfig(Frozen):
-    """Average of the weights: decay min(decay, (1 + n) / (10 + n)) at update n."""
-
-    decay: float = Field(default=0.9999, ge=0, lt=1)
-
-
-class LoopConfig(Frozen):
-    """How long, how much at a time, and what is written how often (in optimiser steps).
-
-    Attributes:
-        num_steps: optimiser steps.
-        batch_size: samples a step.
-        accumulation: micro-batches a step; divides batch_size.
-        precision: bf16 runs the networks under autocast; weights and optimiser stay float32.
-        device: auto | cpu | cuda | cuda:N.
-        log_every: steps between scalars.
-        sample_every: steps between sample grids or sheets; null for none.
-        checkpoint_every: steps between checkpoints.
-        keep_checkpoints: how many are kept.
-        channels_last: memory format of convolutions.
-    """
-
-    num_steps: int = Field(ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    accumulation: int = Field(default=1, ge=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = "auto"
-    log_every: int = Field(default=50, ge=1)
-    sample_every: int | None = Field(default=1000, ge=1)
-    checkpoint_every: int = Field(default=1000, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
-    channels_last: bool = True
-
-    @model_validator(mode="after")
-    def _divides(self) -> LoopConfig:
-        if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"accumulation must divide batch_size; got {self.batch_size} / "
-                f"{self.accumulation}; choose a divisor"
-            )
-        return self
 
 
 class _Run(Frozen):
@@ -266,6 +221,11 @@ class DiffusionRun(_Run):
         cache_latents: encode every picture once and keep the latents' moments in memory.
         export: directory that gets the final model in diffusers' layout, from the EMA weights.
         export_dtype: precision of its weights.
+        parallel: how processes share the work.
+        health: when a step is not taken.
+        logging: where scalars go.
+        validation: loss on held-out pairs; null for none.
+        evaluation: FID, KID, CLIP score of drawn pictures; null for none.
     """
 
     kind: Literal["diffusion"] = "diffusion"
@@ -281,6 +241,12 @@ class DiffusionRun(_Run):
     cache_latents: bool = False
     export: str | None = None
     export_dtype: Literal["fp32", "fp16"] = "fp32"
+    loop: DiffusionLoopConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # frozen
+    parallel: ParallelConfig = ParallelConfig()
+    health: HealthConfig = HealthConfig()
+    logging: LoggingConfig = LoggingConfig()
+    validation: ValidationConfig | None = None
+    evaluation: EvaluationConfig | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config import OptimizerConfig
+from latentdiff.configtraining import OptimizerConfig
 
 
 def lr_at(step: int, num_steps: int, config: OptimizerConfig) -> float:

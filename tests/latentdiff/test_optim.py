@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config import OptimizerConfig
+from latentdiff.configtraining import OptimizerConfig
 from latentdiff.training.checkpoint import read_checkpoint, save_checkpoint
 from latentdiff.training.optim import (
     load_optimizer_tensors,
