@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from latentdiff import __version__
+from latentdiff.exitcodes import RunEnded
 
 DEBUG_VARIABLE = "LATENTDIFF_DEBUG"  # set to 1 for the traceback of an error
 _OUR_PACKAGES = ("latentdiff", "vae", "data_pipelines")
@@ -99,7 +100,8 @@ def _build() -> TyperGroup:
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C.
 
-    A mistake (a wrong option, any ValueError or OSError) is told in one line on stderr.
+    A mistake (a wrong option, any ValueError or OSError) is told in one line on stderr. A training
+    run that ends before its time says why, and has a code of its own (`latentdiff.exitcodes`).
     """
     try:
         code = _build().main(list(arguments) or ["--help"], "latentdiff", standalone_mode=False)
@@ -116,6 +118,8 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(error, f"{place}{error.strerror}" if error.strerror else str(error))
     except (ValueError, FloatingPointError) as error:
         return _fail(error, str(error))
+    except RunEnded as error:
+        return _fail(error, str(error), error.code)
     if code == 130:  # typer's word for Ctrl-C
         print("\nstopped", file=sys.stderr)
     return code if isinstance(code, int) else 0

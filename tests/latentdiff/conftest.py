@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from latentdiff.config import AutoencoderRun, DiffusionRun
 from latentdiff.pipeline import Pipeline
+
+sys.path.insert(0, str(Path(__file__).parent))  # for torchrun, in test modules too
 
 
 def tiny_autoencoder_run(assets: Path, out: Path, **changes: object) -> AutoencoderRun:
