@@ -162,7 +162,7 @@ class Studio:
     sde_runs: list[Run]
 
     def __post_init__(self) -> None:
-        self.shape = self.pipeline._latent_shape(None, None)
+        self.shape = self.pipeline.latent_shape()
         self.indices = range(len(self.prompts))
         grids = [self.grid(run).tolist() for run in self.sde_runs]
         self.path = BrownianPath(self.shape, self.indices, [s for g in grids for s in g if s > 0])

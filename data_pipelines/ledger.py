@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TextIO, get_args
@@ -72,13 +72,85 @@ class Skip:
     position: int
 
 
+@dataclass(frozen=True)
+class Account:
+    """What was delivered and what was not, up to some step, by one rank or by several.
+
+    Attributes:
+        num_delivered: samples; of one rank in a resumed run, what falls to it (see `Ledger`).
+        counts: samples that were not, by reason.
+        examples: the first of each reason.
+    """
+
+    num_delivered: int
+    counts: Mapping[str, int]
+    examples: Mapping[str, Skip]
+
+    @property
+    def num_skipped(self) -> int:
+        """Samples that were not delivered."""
+        return sum(self.counts.values())
+
+    @property
+    def num_bad(self) -> int:
+        """Those of them that something is wrong with."""
+        return self.num_skipped - sum(self.counts.get(reason, 0) for reason in LEFT_OUT)
+
+    @staticmethod
+    def sum(accounts: Iterable[Account]) -> Account:
+        """That of several ranks together; of their examples, the one with the first position."""
+        num_delivered, counts = 0, Counter[str]()
+        examples: dict[str, Skip] = {}
+        for account in accounts:
+            num_delivered += account.num_delivered
+            counts.update(account.counts)
+            for reason, skip in account.examples.items():
+                if reason not in examples or skip.position < examples[reason].position:
+                    examples[reason] = skip
+        return Account(num_delivered, dict(counts), examples)
+
+    def check(self, max_bad_rate: float, num_ranks: int = 1) -> None:
+        """Refuse to go on with too many bad samples.
+
+        Args:
+            max_bad_rate: share of bad draws that is allowed, of a thousand draws at least, so that
+                one bad picture of the first three stops nothing.
+            num_ranks: ranks of which this is the account of one. All of them together make the
+                rate, so one rank alone refuses no more than what is too much for all, even if the
+                others had no bad sample.
+
+        Raises:
+            TooManyBadSamples: there are more.
+        """
+        draws = (self.num_delivered + self.num_bad) * num_ranks
+        if self.num_bad > max_bad_rate * max(draws, _FEW):
+            bad = {r: count for r, count in self.counts.items() if r not in LEFT_OUT}
+            raise TooManyBadSamples(
+                f"{self.num_bad} of {draws} samples cannot be used, more than max_bad_rate "
+                f"{max_bad_rate:g} allows: {self._top(bad)}; mend the shards (latentdiff data "
+                "verify names each fault) or raise data.max_bad_rate"
+            )
+
+    def summary(self) -> str:
+        """The top reasons with their counts and an example of each."""
+        return self._top(self.counts)
+
+    def _top(self, counts: Mapping[str, int]) -> str:
+        return "; ".join(
+            f"{count} {reason} (such as {self.examples[reason].detail})"
+            for reason, count in Counter(dict(counts)).most_common(5)
+        )
+
+
 class Ledger:
     """Counts what was delivered and what was not.
 
+    In a run of several ranks each has its ledger and its file. When it goes on with fewer, the
+    files of the ranks that are no more are taken over by the first; with more, new ones begin.
+
     Args:
         max_bad_rate: share of bad draws above which `record` raises; what the config leaves out
-            (`LEFT_OUT`) is not bad. It is taken of a thousand draws at least, so that one bad
-            picture of the first three stops nothing.
+            (`LEFT_OUT`) is not bad. See `Account.check`.
         path: a JSON-lines file that gets every skip; null: none. What an earlier run wrote there
             is taken over, as far as `cursor`.
         cursor: places of the run that are done already, on all ranks.
@@ -86,6 +158,10 @@ class Ledger:
         num_empty: of those places, the ones that the plan left empty; besides them are those of
             samples without a bucket before...
         chapter: ...this place, where the plan's chapter begins.
+        rank: whose ledger it is. Of the places that are done already it takes an even share, less
+            what its file says was skipped: what each rank really had is of no use once they are
+            others, and the sum over the ranks is exact.
+        orphans: files of ranks that are no more; they are merged into `path` and removed.
     """
 
     def __init__(
@@ -96,23 +172,23 @@ class Ledger:
         num_ranks: int = 1,
         num_empty: int = 0,
         chapter: int = 0,
+        *,
+        rank: int = 0,
+        orphans: Sequence[Path] = (),
     ) -> None:
         self.max_bad_rate = max_bad_rate
         self.path = path
+        self.num_ranks = num_ranks
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, Skip] = {}
         num_lost = 0
         if path is not None:
-            kept = [skip for skip in _read(path) if skip.position < cursor]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.part")
-            with _open(partial, "w") as file:
-                file.writelines(map(_line, kept))
-            os.replace(partial, path)
-            for skip in kept:
+            for skip in _take_over(path, orphans, cursor):
                 self._count(skip)
                 num_lost += skip.reason != "aspect ratio" or skip.position < chapter
-        self.num_delivered = max((cursor - num_empty) // num_ranks - num_lost, 0)
+        places = cursor - num_empty
+        share = places * (rank + 1) // num_ranks - places * rank // num_ranks
+        self.num_delivered = share - num_lost
 
     @property
     def num_skipped(self) -> int:
@@ -122,7 +198,11 @@ class Ledger:
     @property
     def num_bad(self) -> int:
         """Those of them that something is wrong with."""
-        return self.num_skipped - sum(self.counts[reason] for reason in LEFT_OUT)
+        return self.account().num_bad
+
+    def account(self) -> Account:
+        """What it says now; later records do not change that."""
+        return Account(self.num_delivered, dict(self.counts), dict(self.examples))
 
     def record(self, num_delivered: int, skips: Iterable[Skip] = ()) -> None:
         """Count a batch.
@@ -139,24 +219,11 @@ class Ledger:
         if self.path is not None:
             with _open(self.path, "a") as file:
                 file.write("".join(map(_line, skips)))
-        draws = self.num_delivered + self.num_bad
-        if self.num_bad > self.max_bad_rate * max(draws, _FEW):
-            bad = Counter({r: count for r, count in self.counts.items() if r not in LEFT_OUT})
-            raise TooManyBadSamples(
-                f"{self.num_bad} of {draws} samples cannot be used, more than max_bad_rate "
-                f"{self.max_bad_rate:g} allows: {self._top(bad)}; mend the shards (latentdiff data "
-                "verify names each fault) or raise data.max_bad_rate"
-            )
+        self.account().check(self.max_bad_rate, self.num_ranks)
 
     def summary(self) -> str:
         """The top reasons with their counts and an example of each."""
-        return self._top(self.counts)
-
-    def _top(self, counts: Counter[str]) -> str:
-        return "; ".join(
-            f"{count} {reason} (such as {self.examples[reason].detail})"
-            for reason, count in counts.most_common(5)
-        )
+        return self.account().summary()
 
     def _count(self, skip: Skip) -> None:
         self.counts[skip.reason] += 1
@@ -184,6 +251,30 @@ def check_index(bad: Mapping[str, int], num_usable: int, max_bad_rate: float) ->
             f"max_bad_rate {max_bad_rate:g} allows: {reasons}; mend the shards (latentdiff data "
             "verify names each fault), leave them out, or raise data.max_bad_rate"
         )
+
+
+def _take_over(path: Path, orphans: Sequence[Path], cursor: int) -> list[Skip]:
+    """The skips before `cursor` in some files, which `path` holds from then on, and it alone.
+
+    A run that is killed here may leave an orphan whose skips are in `path` already; no skip is in
+    two files otherwise.
+    """
+    kept = [skip for skip in _read(path) if skip.position < cursor]
+    if orphans:
+        found = Counter(kept)
+        for orphan in orphans:
+            found |= Counter(skip for skip in _read(orphan) if skip.position < cursor)
+        kept = sorted(found.elements(), key=lambda skip: (skip.position, skip.shard, skip.key))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    with _open(partial, "w") as file:
+        file.writelines(map(_line, kept))
+        file.flush()
+        os.fsync(file.fileno())  # or a crash of the machine could leave neither
+    os.replace(partial, path)
+    for orphan in orphans:
+        orphan.unlink(missing_ok=True)
+    return kept
 
 
 def _line(skip: Skip) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
+import zlib
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -29,6 +31,7 @@ _STEPS_AHEAD = 2
 _PREFETCH_STEPS = 16  # between two looks at what comes
 _CHUNK = 8  # pictures that a thread takes at a time
 _LATENTS_CHUNK = 64  # latents: they are read shard by shard
+_LOOK = ("payload", "size_px", "crop_px", "crop", "flip", "scaled_decode", "captions")
 
 
 class Loader:
@@ -46,7 +49,8 @@ class Loader:
         num_ranks: processes that share the steps.
         splits: batches a step and rank (gradient accumulation).
         with_images: False delivers captions alone (for latents held in memory).
-        ledger_path: JSON-lines file that gets every sample that was not delivered.
+        ledger_path: JSON-lines file that gets every sample that this rank did not deliver.
+        orphaned_ledgers: those of ranks that are no more, for the first rank to take over.
 
     Raises:
         ValueError: no shards or samples, or numbers that don't divide each other.
@@ -65,6 +69,7 @@ class Loader:
         splits: int = 1,
         with_images: bool = True,
         ledger_path: Path | None = None,
+        orphaned_ledgers: Sequence[Path] = (),
     ) -> None:
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank must be 0 to {num_ranks - 1} of {num_ranks}; got {rank}")
@@ -87,7 +92,7 @@ class Loader:
         self.plan = Plan(self.datasets, config, seed, batch_size)
         self._warn()
         self._assembler = Assembler(config, self.datasets, self.reader, seed, with_images)
-        self._ledger_path = ledger_path
+        self._ledger_path, self._orphaned_ledgers = ledger_path, orphaned_ledgers
         self.cursor = cursor
 
     def __len__(self) -> int:
@@ -111,7 +116,7 @@ class Loader:
 
     @property
     def ledger(self) -> Ledger:
-        """What was delivered and what was not, since the start of the run."""
+        """What was delivered and what was not, since the start of the run; see `Ledger`."""
         if self._ledger is None:
             self._ledger = Ledger(
                 self.config.max_bad_rate,
@@ -119,6 +124,8 @@ class Loader:
                 self.cursor,
                 self.num_ranks,
                 *self.plan.empty_before(self.cursor // self.batch_size),
+                rank=self.rank,
+                orphans=self._orphaned_ledgers,
             )
         return self._ledger
 
@@ -139,10 +146,11 @@ class Loader:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "fingerprint": self.fingerprint,
+            "look": self._look(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Go on where `state` was taken; warn where the same samples would look otherwise.
 
         Raises:
             ValueError: the data, the seed or the batch size are others.
@@ -159,6 +167,24 @@ class Loader:
                     f"{fix}, or start anew"
                 )
         self.cursor = state["cursor"]
+        then = state.get("look", {})
+        changed = [name for name, value in here["look"].items() if then.get(name, value) != value]
+        if changed and self.rank == 0:
+            warnings.warn(
+                f"data.{', data.'.join(changed)} changed since the checkpoint was saved: the order "
+                "of the samples goes on, but what is drawn of them is not what the run drew before",
+                stacklevel=2,
+            )
+
+    def _look(self) -> dict[str, Any]:
+        """What decides how a sample looks: short values as they are, long ones as a CRC-32."""
+        values = self.config.model_dump(mode="json", include=set(_LOOK))
+        return {
+            name: zlib.crc32(json.dumps(values[name], sort_keys=True).encode())
+            if isinstance(values[name], dict)
+            else values[name]
+            for name in _LOOK
+        }
 
     def __iter__(self) -> Generator[Batch]:
         """Batches in order; `cursor` advances when the last one of a step is handed over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -22,6 +23,16 @@ def stream(seed: int, position: int, purpose: str, part: int = 0) -> np.random.G
     key = np.array([seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(purpose.encode())], dtype=np.uint64)
     counter = np.array([0, 0, position, part], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def streams(seed: int, positions: Iterable[int], purpose: str) -> Iterator[np.random.Generator]:
+    """`stream` of every position in turn, faster: one generator, which the next position moves."""
+    generator = stream(seed, 0, purpose)
+    state = generator.bit_generator.state
+    for position in positions:
+        state["state"]["counter"][2] = position
+        generator.bit_generator.state = state
+        yield generator
 
 
 def shuffled(generator: np.random.Generator, count: int) -> np.ndarray:

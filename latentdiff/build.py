@@ -83,7 +83,7 @@ def build_text(config: TextConfig, captions: Iterable[str] = ()) -> TextEncoder 
         case OpenCLIPTextConfig():
             from latentdiff.openclip import load_openclip
 
-            return load_openclip(config.name, config.weights)
+            return load_openclip(config.name, config.weights, config.skip_layers)
         case SmallTextConfig() if config.pretrained is not None:
             return TextEncoder.load(config.pretrained)
         case SmallTextConfig():

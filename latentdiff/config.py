@@ -103,11 +103,17 @@ class CLIPTextConfig(Frozen):
 
 
 class OpenCLIPTextConfig(Frozen):
-    """An OpenCLIP text tower by name and weights (tag of open_clip, or a local file)."""
+    """An OpenCLIP text tower by name and weights (tag of open_clip, or a local file).
+
+    Attributes:
+        skip_layers: last layers that are left out before the final norm; Stable Diffusion 2.x, which
+            takes the penultimate layer's output: 1.
+    """
 
     kind: Literal["open_clip"] = "open_clip"
     name: str = "ViT-H-14"
     weights: str | None = "laion2b_s32b_b79k"
+    skip_layers: int = Field(default=0, ge=0)
 
 
 class NoTextConfig(Frozen):
@@ -135,6 +141,10 @@ class UNetConfig(Frozen):
             nowhere but the middle block.
         layers_per_block: residual blocks a level on the way down.
         head_dim: width of an attention head.
+        num_heads: heads at every level, of whatever width that makes them (Stable Diffusion 1.x:
+            8), instead of head_dim; for models with text. Null: head_dim counts.
+        linear_projection: attention's way in and out is a matrix (Stable Diffusion 2.x, SDXL), not
+            a 1x1 convolution (1.x): the same function, weights of another shape.
         norm_num_groups: groups of GroupNorm.
         dropout: share of each residual block's activations dropped in training (DDPM, appendix B:
             0.1 on CIFAR-10).
@@ -145,6 +155,8 @@ class UNetConfig(Frozen):
     self_attention: tuple[bool, ...] = ()
     layers_per_block: int = Field(default=2, ge=1)
     head_dim: int = Field(default=64, ge=8)
+    num_heads: int | None = Field(default=None, ge=1)
+    linear_projection: bool = False
     norm_num_groups: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
@@ -157,10 +169,12 @@ class UNetConfig(Frozen):
                     f"{name} needs one entry a level; got {levels} for "
                     f"{len(self.channels)} channels"
                 )
+        name = "head_dim" if self.num_heads is None else "num_heads"
+        divisor = self.num_heads or self.head_dim
         for width in self.channels:
-            if width % self.head_dim or width % self.norm_num_groups:
+            if width % divisor or width % self.norm_num_groups:
                 raise ValueError(
-                    f"channels must be multiples of head_dim ({self.head_dim}) and "
+                    f"channels must be multiples of {name} ({divisor}) and "
                     f"norm_num_groups ({self.norm_num_groups}); got {width}"
                 )
         return self

@@ -163,9 +163,9 @@ def vlb_loss(
     prediction: str,
     bins: int | None = PIXEL_BINS,
 ) -> Tensor:
-    """The bound as a loss for the variance: T times the mean of L_t over the batch.
+    """The bound as a loss for the variance: T times L_t of every sample, [b].
 
-    With t uniform that is an unbiased estimate of L_0 + ... + L_{T-1}, the L_vlb of
+    With t uniform its mean is an unbiased estimate of L_0 + ... + L_{T-1}, the L_vlb of
     L_hybrid = L_simple + lambda L_vlb (Nichol & Dhariwal 2021, eq. 16). No gradient reaches the
     mean (the same section): L_simple alone trains it.
 
@@ -184,7 +184,7 @@ def vlb_loss(
     mean, _ = posterior(schedule, denoised, noisy, t)
     log_variance = learned_log_variance(schedule, (channels + 1) / 2, t)
     terms = vlb_terms(schedule, clean, noisy, t, mean, log_variance, bins)
-    return schedule.num_timesteps * terms.mean()
+    return schedule.num_timesteps * terms
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,72 @@ and reach the network's own error by the factor k:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from latentdiff.denoiser import check_prediction
-from latentdiff.schedule import Schedule, per_sample
+from latentdiff.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, Schedule, per_sample
 
 Weighting = Callable[[Tensor], Tensor]  # SNR [b] -> weight of the clean sample's squared error
 
 _SNR_FLOOR = 1e-30  # stands for 0, and its inverse for infinity: weights there are their limits
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a loss takes of its timesteps, found ahead of it: float32 [b] each, beside the data.
+
+    `add_noise` and `target` are to the bit those of the schedule and of this file, which look their
+    numbers up in float64 on the CPU.
+
+    Attributes:
+        t: as the network is told.
+        signal: noisy = signal * clean + spread * noise.
+        spread: of the noise.
+        a: output = a * clean + b * noise.
+        b: of the noise.
+        weight: of the network's own squared error.
+        t_fraction: place in the schedule, 0 (clean) to 1 (noise): t / T, which evenly drawn
+            timesteps fill evenly; of EDM's, log sigma between its ends.
+    """
+
+    t: Tensor
+    signal: Tensor
+    spread: Tensor
+    a: Tensor
+    b: Tensor
+    weight: Tensor
+    t_fraction: Tensor
+
+    @classmethod
+    def at(
+        cls, schedule: Schedule, t: Tensor, prediction: str, weighting: Weighting | None = None
+    ) -> Numbers:
+        """Those of timesteps t [b], on t's device.
+
+        Raises:
+            ValueError: unknown prediction.
+        """
+        signal, spread = schedule.mix(t)
+        a, b = _mixture(signal, spread, prediction, schedule.sigma_data)
+        weight = loss_weight(weighting, schedule.snr(t), prediction, schedule.sigma_data)
+        found = (t, signal, spread, a, b, weight, _fraction(schedule, t))
+        return cls(*(values.float() for values in found))
+
+    @property
+    def table(self) -> Tensor:
+        """All of them as one tensor, [7, b]; `Numbers(*table)` is the way back."""
+        return torch.stack([getattr(self, field.name) for field in fields(self)])
+
+    def add_noise(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """What the network sees, like clean [b, ...]; see `Schedule.add_noise`."""
+        return per_sample(self.signal, clean) * clean + per_sample(self.spread, clean) * noise
+
+    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """What the network should say, like clean [b, ...]; see `target`."""
+        return per_sample(self.a, clean) * clean + per_sample(self.b, clean) * noise
 
 
 def target(schedule: Schedule, clean: Tensor, noise: Tensor, t: Tensor, prediction: str) -> Tensor:
@@ -112,7 +168,7 @@ def loss_weight(
 def denoising_loss(
     output: Tensor, expected: Tensor, weight: Tensor | None = None, huber_c: float | None = None
 ) -> Tensor:
-    """Mean over the batch of the weighted penalty, in float32.
+    """The weighted penalty of every sample, the mean over its elements, float32 [b].
 
     Args:
         output: [b, ...] what the network said.
@@ -123,7 +179,7 @@ def denoising_loss(
     error = output.float() - expected.float()
     penalty = error.square() if huber_c is None else pseudo_huber(error, huber_c)
     penalty = penalty.flatten(1).mean(1)
-    return (penalty if weight is None else penalty * weight.to(penalty)).mean()
+    return penalty if weight is None else penalty * weight.to(penalty)
 
 
 def pseudo_huber(error: Tensor, c: float) -> Tensor:
@@ -159,6 +215,19 @@ def drop_ids(ids: Tensor, empty_ids: Tensor, uniform: Tensor, rate: float) -> Te
     """`drop_captions` for token ids [b, n]: rows where uniform < rate become `empty_ids` [n]."""
     dropped = (uniform < rate).view(-1, 1).to(ids.device)
     return torch.where(dropped, empty_ids.to(ids), ids)
+
+
+def _fraction(schedule: Schedule, t: Tensor) -> Tensor:
+    """Place of t [b] in the schedule, float64 in [0, 1]."""
+    match schedule:
+        case NoiseSchedule() | FlowSchedule():
+            return t.double() / schedule.num_timesteps
+        case EDMSchedule():
+            ends = torch.tensor([schedule.sigma_min, schedule.sigma_max], device=t.device)
+            first, last = schedule.sigma_to_t(ends)
+            return ((t - first) / (last - first)).clamp(0, 1)
+        case _:
+            raise AssertionError(schedule)
 
 
 def _mixture(

@@ -15,12 +15,13 @@ from latentdiff.text import TextEncoder
 _VOCABULARY_SIZE = 49408  # of CLIP's byte-pair vocabulary
 
 
-def load_openclip(name: str, weights: str | None) -> TextEncoder:
+def load_openclip(name: str, weights: str | None, skip_layers: int = 0) -> TextEncoder:
     """Create an OpenCLIP model and convert its text tower.
 
     Args:
         name: open_clip's model name, such as ViT-H-14.
         weights: a pretrained tag or a local file; None for random weights.
+        skip_layers: last layers that are left out.
 
     Raises:
         ValueError: open_clip knows no such model or tag.
@@ -33,17 +34,22 @@ def load_openclip(name: str, weights: str | None) -> TextEncoder:
     if weights is not None and weights not in tags and not Path(weights).is_file():
         raise ValueError(f"unknown weights {weights!r} of {name}; expected a file or one of {tags}")
     model = open_clip.create_model(name, pretrained=weights)
-    return convert_openclip(model)
+    return convert_openclip(model, skip_layers)
 
 
-def convert_openclip(model: Any) -> TextEncoder:
+def convert_openclip(model: Any, skip_layers: int = 0) -> TextEncoder:
     """The text tower of an open_clip model (CLIP or CustomTextCLIP) in transformers' format.
 
     Prompts get open_clip's token ids, padding included, but for broken Unicode and HTML entities,
     which open_clip mends first and a CLIPTokenizer takes as they are.
 
+    Args:
+        model: of open_clip.
+        skip_layers: last layers that are left out before the final norm, as Stable Diffusion 2.x
+            does with one.
+
     Raises:
-        ValueError: the tower is not a plain CLIP transformer.
+        ValueError: the tower is not a plain CLIP transformer, or has no more layers than that.
     """
     import open_clip
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -54,7 +60,12 @@ def convert_openclip(model: Any) -> TextEncoder:
             f"{type(tower).__name__} is not a plain CLIP text transformer: {problem}; "
             "choose a model with one, such as ViT-H-14"
         )
-    blocks = tower.transformer.resblocks
+    if skip_layers >= len(tower.transformer.resblocks):
+        raise ValueError(
+            f"skip_layers must be below the tower's {len(tower.transformer.resblocks)} layers; got "
+            f"{skip_layers}"
+        )
+    blocks = tower.transformer.resblocks[: len(tower.transformer.resblocks) - skip_layers]
     context, width = tower.positional_embedding.shape
     vocabulary = tower.token_embedding.weight.shape[0]
     act = blocks[0].mlp.gelu

@@ -147,6 +147,20 @@ def join(device: str, parallel: ParallelConfig) -> World:
     return World(found, rank, num_ranks, local_rank, dist.PrefixStore("run", store), _gloo())
 
 
+def check_alone(what: str) -> None:
+    """Refuse several processes where one does the work.
+
+    Raises:
+        ValueError: torchrun or SLURM launched several.
+    """
+    _, num_ranks, _ = _place()
+    if num_ranks > 1:
+        raise ValueError(
+            f"{what} is trained by one process, but {num_ranks} were launched; start one, without "
+            "torchrun"
+        )
+
+
 def leave() -> None:
     """Take part no longer."""
     if dist.is_initialized():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from data_pipelines.transforms import to_image
 from latentdiff.build import build_schedule, build_text
 from latentdiff.config import DiffusionRun
 from latentdiff.configschedule import ScheduleConfig
-from latentdiff.denoiser import Denoiser, NetworkDenoiser
 from latentdiff.devices import cast
 from latentdiff.diffusers_format import (
     check_model_directory,
@@ -29,15 +27,13 @@ from latentdiff.diffusers_format import (
     write_model_index,
 )
 from latentdiff.files import staged
-from latentdiff.grids import step_grid
-from latentdiff.guidance import ClassifierFree, Pair
+from latentdiff.painter import Painter
 from latentdiff.randomness import normal
-from latentdiff.samplers import STOCHASTIC, Denoise, ddpm, find_sampler
+from latentdiff.samplers import Denoise, find_sampler
 from latentdiff.sampling_defaults import SamplingDefaults
 from latentdiff.schedule import Schedule
 from latentdiff.scheduler_format import read_schedule, saved_scheduler
-from latentdiff.text import Conditioning, TextEncoder
-from latentdiff.thresholds import Static
+from latentdiff.text import TextEncoder
 from latentdiff.unet import as_network, new_unet
 from vae.autoencoder import Autoencoder
 from vae.config import IdentityConfig
@@ -284,25 +280,21 @@ class Pipeline:
         Raises:
             ValueError: an unknown sampler, a size that is not a multiple, a bad number.
         """
-        sampler = sampler or self.defaults.sampler
-        draw = find_sampler(sampler)
-        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        unguided = self.text is None or scale == 1
-        if learned := sampler == "ddpm" and self.learns_variance and unguided:
-            draw = partial(ddpm, variance="learned")
+        choices = self.defaults.but(
+            num_steps=steps, guidance_scale=guidance_scale, sampler=sampler, spacing=spacing
+        )
+        find_sampler(choices.sampler)
         prompts = [p for p in _as_list(prompt) for _ in range(num_images)]
         _positive("num_images", num_images)
         size = _DEFAULT_BATCH if batch_size is None else batch_size
         _positive("batch_size", size)
         if not prompts:
             raise ValueError("prompt is an empty list; give at least one text")
-        shape = self._latent_shape(height, width)
+        shape = self.latent_shape(height, width)
         if latents is not None and tuple(latents.shape) != (len(prompts), *shape):
             raise ValueError(
                 f"latents must have shape {(len(prompts), *shape)}; got {tuple(latents.shape)}"
             )
-        num_steps = self.defaults.num_steps if steps is None else steps
-        sigmas = step_grid(self.schedule, num_steps, spacing or self.defaults.spacing)
         images: list[Image.Image] = []
         for first in range(0, len(prompts), size):
             chunk = prompts[first : first + size]
@@ -312,26 +304,29 @@ class Pipeline:
                 if latents is None
                 else latents[first : first + len(chunk)]
             )
-            # the clean part of x = clean + sigma * noise is unknown, and beside such noise small
-            x = start.to(self.device, torch.float32) * self.schedule.start_scale(sigmas[0])
-            denoise = self.denoiser(chunk, negative_prompt, scale, with_variance=learned)
-
-            def noise(x: Tensor, step: int, indices: range = indices) -> Tensor:
-                return normal(shape, seed, indices, f"step-{step}").to(x)
-
-            def tick(step: int, x: Tensor, denoised: Tensor, count: int = len(chunk)) -> None:
-                if progress is not None:
-                    progress(count)
-
-            z = draw(
-                denoise,
-                x,
-                sigmas,
-                noise if sampler in STOCHASTIC else None,
-                tick,
+            z = self.painter.draw(
+                start.to(self.device, torch.float32),
+                chunk,
+                indices,
+                choices,
+                seed=seed,
+                negative_prompt=negative_prompt,
+                progress=progress,
             )
             images += [to_image(image) for image in self.autoencoder.decode(z)]
         return images
+
+    @property
+    def painter(self) -> Painter:
+        """What draws, without the autoencoder."""
+        return Painter(
+            network=as_network(self.unet),
+            encode=None if self.text is None else self.text.encode,
+            schedule=self.schedule,
+            prediction=self.prediction,
+            learns_variance=self.learns_variance,
+            is_in_pixels=self.autoencoder.is_identity,
+        )
 
     def denoiser(
         self,
@@ -350,22 +345,18 @@ class Pipeline:
             scale: of classifier-free guidance; 1 is off.
             with_variance: clean and the learned variance's fraction, for samplers.ddpm; unguided.
         """
-        plain = NetworkDenoiser(as_network(self.unet), self.schedule, self.prediction)
-        guided: Denoiser = plain
-        cond: Conditioning | Pair | None = None
-        if self.text is not None and scale == 1:
-            cond = self.text.encode(list(prompts))
-        elif self.text is not None:
-            both = self.text.encode([negative_prompt, *prompts])
-            uncond = Conditioning(both.tokens[:1]).repeat(len(prompts))
-            text = Conditioning(both.tokens[1:])
-            cond = Pair(text, Conditioning.cat([uncond, text]))
-            guided = ClassifierFree(plain, scale)
-        if with_variance:
-            guided = plain.with_variance
-        return partial(Static(guided) if self.autoencoder.is_identity else guided, cond=cond)
+        return self.painter.denoiser(prompts, negative_prompt, scale, with_variance)
 
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """(c, h, w) of a picture's latent.
+
+        Args:
+            height: of the picture in pixels; default: the training size.
+            width: likewise.
+
+        Raises:
+            ValueError: one of them is not a multiple of `size_multiple_px`.
+        """
         multiple, downscale = self.size_multiple_px, self.autoencoder.downscale
         sides = []
         for name, value in (("height", height), ("width", width)):

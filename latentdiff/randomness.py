@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.randomness import stream
+from data_pipelines.randomness import stream, streams
 
 
 def normal(shape: Sequence[int], seed: int, positions: Sequence[int], purpose: str) -> Tensor:
     """Standard-normal float32 [len(positions), *shape]; row i depends on positions[i] alone."""
-    rows = [stream(seed, p, purpose).standard_normal(tuple(shape), np.float32) for p in positions]
-    return torch.from_numpy(np.stack(rows))
+    rows = np.empty((len(positions), *shape), np.float32)
+    for i, generator in enumerate(streams(seed, positions, purpose)):
+        generator.standard_normal(dtype=np.float32, out=rows[i, ...])
+    return torch.from_numpy(rows)
 
 
 def seed_dropout(seed: int, position: int) -> None:
@@ -27,4 +29,4 @@ def seed_dropout(seed: int, position: int) -> None:
 
 def uniform(seed: int, positions: Sequence[int], purpose: str) -> np.ndarray:
     """Uniform [0, 1) float64 [len(positions)]; entry i depends on positions[i] alone."""
-    return np.array([stream(seed, p, purpose).random() for p in positions])
+    return np.array([generator.random() for generator in streams(seed, positions, purpose)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 _FILE = "latentdiff.json"
@@ -26,6 +26,10 @@ class SamplingDefaults:
     sampler: str = "dpmpp_2m"
     spacing: str = "trailing"
     styles: tuple[str, ...] = ()
+
+    def but(self, **choices: float | str | None) -> SamplingDefaults:
+        """These, with some of them chosen otherwise; None leaves one as it is."""
+        return replace(self, **{k: v for k, v in choices.items() if v is not None})
 
     @classmethod
     def read(cls, directory: Path) -> SamplingDefaults:

@@ -89,9 +89,7 @@ class TextEncoder(nn.Module):
 
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer/` and `text_encoder/` below `directory`."""
-        words = Path(directory) / "tokenizer"
-        self.tokenizer.save_pretrained(words)
-        self.tokenizer.backend_tokenizer.model.save(str(words))  # vocab.json, merges.txt
+        save_tokenizer(self.tokenizer, Path(directory) / "tokenizer")
         # The published towers' names: transformers had a text_model in the tower up to 5.3, and
         # newer ones leave it out in files too, which older ones would read as no weights at all.
         inner = getattr(self.model, "text_model", self.model).state_dict()
@@ -198,6 +196,12 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, context_length: in
     symbols = list(dict.fromkeys(symbols))
     vocab = {symbol: i for i, symbol in enumerate([*symbols, begin, end])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=context_length)  # pyright: ignore[reportArgumentType]  # transformers' hint lacks pairs
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write a tokenizer as transformers opens it, `vocab.json` and `merges.txt` included."""
+    tokenizer.save_pretrained(directory)
+    tokenizer.backend_tokenizer.model.save(str(directory))
 
 
 def _is_plain_clip(hub_id: str) -> bool:

@@ -32,7 +32,7 @@ def new_unet(
         UNet2DConditionModel; UNet2DModel (DDPM's own shape) for an unconditional model.
 
     Raises:
-        ValueError: the latents cannot be halved often enough.
+        ValueError: the latents cannot be halved often enough, or the shape needs a text tower.
     """
     levels = len(config.channels)
     if sample_size % 2 ** (levels - 1):
@@ -57,6 +57,11 @@ def new_unet(
 def _unconditional(config: UNetConfig, shape: dict[str, Any]) -> nn.Module:
     from diffusers import UNet2DModel
 
+    if config.num_heads is not None or config.linear_projection:
+        raise ValueError(
+            "unet.num_heads and unet.linear_projection are for models with text, but text.kind is "
+            "none; leave them out and set unet.head_dim"
+        )
     attends = config.self_attention or (False,) * len(config.channels)
     return UNet2DModel(
         **shape,
@@ -73,7 +78,7 @@ def _conditional(config: UNetConfig, shape: dict[str, Any], text_width: int) -> 
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends]
     up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)]
     # diffusers' name for what is the number of heads
-    heads: Any = tuple(width // config.head_dim for width in config.channels)
+    heads: Any = tuple(config.num_heads or width // config.head_dim for width in config.channels)
     return UNet2DConditionModel(
         **shape,
         down_block_types=tuple(down),
@@ -81,16 +86,20 @@ def _conditional(config: UNetConfig, shape: dict[str, Any], text_width: int) -> 
         up_block_types=tuple(up),
         attention_head_dim=heads,
         cross_attention_dim=text_width,
+        use_linear_projection=config.linear_projection,
     )
 
 
-def as_network(unet: Any) -> Network:
-    """The U-Net as (noisy, t, cond) -> prediction; cond None for an unconditional one."""
-    memory_format = (
-        torch.channels_last
-        if unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-        else torch.contiguous_format
-    )
+def as_network(unet: Any, channels_last: bool | None = None) -> Network:
+    """The U-Net as (noisy, t, cond) -> prediction; cond None for an unconditional one.
+
+    Args:
+        unet: of diffusers.
+        channels_last: memory format of what it works on; None: that of its weights.
+    """
+    if channels_last is None:
+        channels_last = unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def predict(noisy: Tensor, t: Tensor, cond: Conditioning | None) -> Tensor:
         noisy = noisy.to(unet.dtype).contiguous(memory_format=memory_format)

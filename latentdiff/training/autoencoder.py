@@ -13,14 +13,16 @@ from data_pipelines.loader import Loader
 from latentdiff.config import AutoencoderRun
 from latentdiff.devices import autocast, resolve_device
 from latentdiff.ema import Ema
+from latentdiff.parallel import World, check_alone, gradient_norm
 from latentdiff.randomness import normal
 from latentdiff.reconstruction import score_reconstructions
-from latentdiff.training.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
+from latentdiff.training.checkpoint import Checkpoint, Checkpoints
+from latentdiff.training.commit import Keep
 from latentdiff.training.log import RunLog
 from latentdiff.training.optim import (
-    load_optimizer_tensors,
+    build_optimizer,
     lr_at,
-    make_adamw,
+    materialize,
     named_trainable,
     optimizer_tensors,
     step_optimizer,
@@ -41,6 +43,7 @@ def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
         ValueError: no KL autoencoder, a picture size that it does not divide, or a checkpoint that
             does not fit.
     """
+    check_alone("an autoencoder")
     torch.manual_seed(config.seed)
     device, out = resolve_device(config.loop.device), Path(config.out)
     autoencoder = Autoencoder.build(config.autoencoder)
@@ -48,19 +51,21 @@ def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
     format_ = torch.channels_last if config.loop.channels_last else torch.contiguous_format
     model = autoencoder.model.to(device, memory_format=format_).train()
     objective = Objective(config.objective).to(device)
-    optimizer = make_adamw({"autoencoder": model}, config.optimizer)
     weights = named_trainable({"autoencoder": model})
-    ema = Ema(weights, config.ema.decay) if config.ema is not None else None
+    optimizer = build_optimizer(weights, config.optimizer)
+    ema = Ema(weights, config.ema) if config.ema is not None else None
     critic = _Critic(objective, config)
 
     step = 0
-    if (checkpoint := find_checkpoint(out / "checkpoints", resume)) is not None:
+    keep = Keep(config.loop.keep_checkpoints)
+    checkpoints = Checkpoints(out / "checkpoints", World(device), keep)
+    if (checkpoint := checkpoints.find(resume)) is not None:
         step = checkpoint.step
         checkpoint.restore("model", weights)
-        load_optimizer_tensors(optimizer, weights, checkpoint.group("optimizer"))
+        checkpoint.restore("optimizer", optimizer_tensors(optimizer, weights))
         critic.load(checkpoint)
         if ema is not None:
-            ema.load(checkpoint.group("ema"), checkpoint.state["ema_updates"])
+            checkpoint.restore("ema", ema.tensors())
 
     loop = config.loop
     loader = Loader(
@@ -96,14 +101,13 @@ def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
                 for name, value in terms.items():
                     totals[name] = totals.get(name, 0) + value.detach() * share
             rate = lr_at(step, loop.num_steps, config.optimizer)
-            totals["grad_norm"] = step_optimizer(
-                optimizer, weights.values(), rate, config.optimizer
-            )
+            norm = totals["grad_norm"] = gradient_norm(weights.values())
+            step_optimizer(optimizer, weights.values(), norm, None, rate, config.optimizer)
             if pairs and objective.adversarial_at(step) is not None:
                 totals["critic_loss"] = critic.step(pairs)
             step += 1
             if ema is not None:
-                ema.update()
+                ema.update(step)
             if step % loop.log_every == 0 or step == loop.num_steps:
                 log.scalars(
                     step, {k: v.item() for k, v in totals.items()} | {"lr": rate}, loop.batch_size
@@ -114,12 +118,12 @@ def train_autoencoder(config: AutoencoderRun, resume: str = "auto") -> Path:
                 groups = {
                     "model": weights,
                     "optimizer": optimizer_tensors(optimizer, weights),
-                    "ema": ema.averages if ema is not None else {},
+                    "ema": ema.tensors() if ema is not None else {},
                     **critic.groups(),
                 }
-                updates = ema.num_updates if ema is not None else 0
-                state = {"ema_updates": updates, "loader": loader.state()}
-                save_checkpoint(out / "checkpoints", step, groups, state, loop.keep_checkpoints)
+                state = {"loader": loader.state(), "config": config.model_dump(mode="json")}
+                checkpoints.save(step, groups, state, is_last=step == loop.num_steps)
+    checkpoints.close()
 
     with ema.applied() if ema is not None else nullcontext():
         return _export(autoencoder.eval(), config, device)
@@ -132,11 +136,10 @@ class _Critic:
         term = config.objective.adversarial
         self.module = objective.discriminator
         self.weights = named_trainable({"critic": self.module} if self.module is not None else {})
-        self.optimizer = (
-            None
-            if term is None
-            else torch.optim.AdamW(self.weights.values(), lr=term.lr, betas=(0.5, 0.9))
-        )
+        self.optimizer = None
+        if term is not None:
+            self.optimizer = torch.optim.AdamW(self.weights.values(), term.lr, (0.5, 0.9))
+            materialize(self.optimizer)
 
     def step(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """One step on all micro-batches (real, fake); returns the mean loss."""
@@ -164,8 +167,7 @@ class _Critic:
         if self.optimizer is None or not checkpoint.group("critic"):
             return
         checkpoint.restore("critic", self.weights)
-        state = checkpoint.group("critic_optimizer")
-        load_optimizer_tensors(self.optimizer, self.weights, state)
+        checkpoint.restore("critic_optimizer", optimizer_tensors(self.optimizer, self.weights))
 
 
 def _check(autoencoder: Autoencoder, config: AutoencoderRun) -> None:

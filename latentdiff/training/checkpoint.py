@@ -1,212 +1,390 @@
-"""What of a run survives? Checkpoints that exist whole or not at all; no pickle.
+"""What of a run survives? Checkpoints of any number of ranks, read back by any other number.
 
-`checkpoints/step-N/` holds `tensors.safetensors`, `state.json` and `manifest.json` (SHA-256 of
-both). It is written under a temporary name, flushed, renamed, and then named by `latest`. Newest is
-what was saved last, which `sequence` in the state counts: steps start over with `--resume none`.
+`checkpoints/step-N/` holds safetensors files (each rank's parts, nothing twice, no pickle),
+`state.json` and `manifest.json` (size and SHA-256 of the others). All ranks must see the directory:
+it is on one shared file system, or all ranks are on one machine.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import sys
+import copy
+import math
+import secrets
+import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+from latentdiff.parallel import World, load_shards, local, save_shards
+from latentdiff.training.agreement import on_all, on_first
+from latentdiff.training.commit import (
+    Keep,
+    clean,
+    fsync,
+    next_sequence,
+    prepare,
+    publish,
+    purge,
+    write,
+)
+from latentdiff.training.manifest import (
+    MANIFEST,
+    STATE,
+    File,
+    Record,
+    check_files,
+    hash_file,
+    manifest_text,
+    newest_first,
+    read_record,
+    state_text,
+)
+from latentdiff.training.shards import Shards, combine, fingerprint
+
+_TO_BE_SEEN_S = 10.0  # how long a new file may take to show up on another node
+_MUST_BE_FINITE = ("model", "ema", "optimizer")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read back and checked."""
+    """A checkpoint whose files were compared with its manifest.
 
-    step: int
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
+    Attributes:
+        record: what it says of itself.
+        world: the ranks that read it.
+    """
 
-    def group(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors below `prefix/`, without it."""
-        start = f"{prefix}/"
-        return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
+    record: Record
+    world: World = field(repr=False, compare=False)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return self.record.step
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """What the trainer kept."""
+        return self.record.state
+
+    @property
+    def directory(self) -> Path:
+        """Where it is."""
+        return self.record.directory
+
+    @cached_property
+    def shards(self) -> Shards:
+        """The tensors' names, shapes and parts."""
+        return Shards(self.directory, self.record.shards)
+
+    def group(self, group: str) -> dict[str, Tensor]:
+        """The whole tensors of a group on the CPU, by name; empty for a group that it lacks."""
+        return {name: self.shards.read(full) for name, full in self.shards.group(group).items()}
 
     @torch.no_grad()
-    def restore(self, prefix: str, into: Mapping[str, Tensor]) -> None:
-        """Copy the tensors below `prefix/` into those of the same names.
+    def restore(self, group: str, into: Mapping[str, Tensor]) -> None:
+        """Copy a group into tensors of the same names, sharded in any way; all ranks call it.
 
         Raises:
-            ValueError: names or shapes differ: the run's config is another.
+            ValueError: names, shapes or dtypes differ: the run's config is another.
+            OSError: it cannot be read.
         """
-        group = self.group(prefix)
+        saved = {name: self.shards.tensors[full] for name, full in self.shards.group(group).items()}
         wrong = sorted(
             name
-            for name in group.keys() | into.keys()
-            if name not in group or name not in into or group[name].shape != into[name].shape
+            for name in saved.keys() | into.keys()
+            if name not in saved
+            or name not in into
+            or saved[name].shape != tuple(into[name].shape)
+            or saved[name].dtype != into[name].dtype
         )
         if wrong:
             raise ValueError(
                 f"the checkpoint of step {self.step} does not fit this run: {len(wrong)} tensors "
-                f"of {prefix} differ, such as {wrong[0]}; resume with the config that it was saved "
+                f"of {group} differ, such as {wrong[0]}; resume with the config that it was saved "
                 "with, or --resume none"
             )
-        for name, value in group.items():
-            into[name].copy_(value)
+        if saved:
+            tensors = {f"{group}/{name}": tensor for name, tensor in into.items()}
+            on_all(self.world, partial(load_shards, self.directory, tensors, self.world))
 
 
-def save_checkpoint(
-    root: Path,
-    step: int,
-    groups: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Commit `root/step-N` and purge all but the newest `keep`.
+class Checkpoints:
+    """The checkpoints of a run; all ranks make it and call its methods alike.
 
     Args:
         root: the run's `checkpoints` directory.
-        step: optimiser steps done.
-        groups: name -> tensors ("model", "ema", "optimizer").
-        state: counters, JSON.
-        keep: how many checkpoints stay.
+        world: the ranks.
+        keep: which of them stay.
+        background: whether saves are written beside the training.
 
     Raises:
-        OSError: it cannot be written; the earlier checkpoints are as they were.
+        ValueError: ranks do not see the same directory.
+        OSError: it cannot be written.
     """
-    final, temporary = root / f"step-{step}", root / f".tmp-step-{step}"
-    pointer = root / ".tmp-latest"
-    _remove_temporaries(root)
-    sequence = 1 + max(map(_sequence, _newest_first(root, 0)), default=0)
-    try:
-        temporary.mkdir(parents=True)
+
+    def __init__(self, root: Path, world: World, keep: Keep, background: bool = False) -> None:
+        self.root = root
+        self._world = world
+        self._keep = keep
+        self._side = world.side_group() if background else world
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._running: Future[None] | None = None
+        _check_shared(root, world)
+
+    def save(
+        self,
+        step: int,
+        groups: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        metric: float | None = None,
+        is_last: bool = False,
+    ) -> None:
+        """Commit `step-N` and remove what need not stay; first waits for a save that is running.
+
+        Everything is copied before this returns, so it may change then. A save that fails leaves
+        the earlier checkpoints as they are; it is warned of, and the next one tries again.
+
+        Args:
+            step: optimiser steps done.
+            groups: name -> tensors ("model", "ema", "optimizer"), sharded or the same on all ranks.
+            state: counters, JSON.
+            metric: validation loss, lower is better.
+            is_last: nothing comes after it: written before this returns, and a failure is raised.
+
+        Raises:
+            OSError: the last one cannot be written; on every rank.
+        """
+        self.wait()
         tensors = {
-            f"{group}/{name}": tensor.detach().cpu().contiguous().clone()
+            f"{group}/{name}": tensor
             for group, members in groups.items()
             for name, tensor in members.items()
         }
-        save_file(tensors, temporary / _TENSORS)
-        counters = {**state, "step": step, "sequence": sequence}
-        (temporary / _STATE).write_text(json.dumps(counters, indent=2))
-        hashes = {name: _sha256(temporary / name) for name in (_TENSORS, _STATE)}
-        (temporary / _MANIFEST).write_text(json.dumps(hashes, indent=2))
-        for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        pointer.write_text(final.name)
-        _fsync(pointer)
-        pointer.rename(root / "latest")
-        _fsync(root)
-    except BaseException as error:
-        _remove_temporaries(root)
-        if isinstance(error, SafetensorError):  # which is how a full disk is told
-            raise OSError(f"{final} cannot be written: {error}") from error
-        raise
-    for old in _newest_first(root, unreadable=0)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+        judged = metric if metric is not None and math.isfinite(metric) else None
+        job = partial(
+            self._save, step, _copies(tensors), copy.deepcopy(dict(state)), judged, is_last
+        )
+        if self._pool is None or is_last:
+            job()
+        else:
+            self._running = self._pool.submit(job)
+
+    def wait(self) -> None:
+        """Wait until no save is running."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """Wait, and remove what dead processes left: before the ranks part."""
+        self.wait()
+        if self._pool is not None:
+            self._pool.shutdown()
+        if self._world.is_first:
+            with suppress(OSError):
+                clean(self.root)
+
+    def find(self, resume: str) -> Checkpoint | None:
+        """The checkpoint that `--resume` names; the same on all ranks.
+
+        Args:
+            resume: `none`; `auto` (the newest valid one whose weights are finite, or none where
+                there is no checkpoint yet); or a checkpoint's directory.
+
+        Raises:
+            ValueError: a directory named by the user is no valid checkpoint, or `auto` found
+                broken ones alone.
+        """
+        if resume == "none":
+            return None
+        if resume != "auto":
+            return read_checkpoint(Path(resume), self._world)
+        problems: list[str] = []
+        found: Checkpoint | None = None
+        for directory in on_first(self._world, partial(newest_first, self.root)):
+            try:
+                checkpoint = read_checkpoint(directory, self._world)
+            except (ValueError, OSError) as error:
+                problems.append(str(error))
+                continue
+            if checkpoint.record.finite:
+                found = checkpoint
+                break
+            found = found or checkpoint
+            problems.append(f"{directory} has values that are not finite")
+        if found is None and problems:
+            raise ValueError(
+                f"{self.root} holds no valid checkpoint: {problems[0]}; restore one, or start over "
+                "with --resume none"
+            )
+        if found is not None and self._world.is_first:
+            for problem in problems:
+                warnings.warn(f"{problem}; step {found.step} is used instead", stacklevel=2)
+        return found
+
+    def _save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        metric: float | None,
+        is_last: bool,
+    ) -> None:
+        try:
+            self._commit(step, tensors, state, metric)
+        except (OSError, ValueError) as error:
+            message = f"{self.root / f'step-{step}'} cannot be written: {error}"
+            if is_last:
+                raise OSError(message) from error
+            if self._side.is_first:
+                warnings.warn(f"{message}; the next save tries again", stacklevel=2)
+
+    def _commit(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        metric: float | None,
+    ) -> None:
+        world = self._side
+        try:
+            temporary = on_first(world, partial(prepare, self.root, step))
+            finite = on_all(world, partial(_write_parts, temporary, tensors, world))
+            names = on_first(world, lambda: sorted(path.name for path in temporary.iterdir()))
+            hashed = on_all(world, partial(_hash_share, temporary, names, world))
+            record = Record(
+                directory=temporary,
+                files={name: file for files, _ in hashed for name, file in files.items()},
+                step=step,
+                sequence=0,  # the first rank knows
+                num_ranks=world.num_ranks,
+                saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                metric=metric,
+                finite=all(finite),
+                model_hash=combine({k: v for _, own in hashed for k, v in own.items()}),
+                state=state,
+            )
+            on_first(world, partial(_seal, self.root, record))
+        except (OSError, ValueError, KeyboardInterrupt):  # agreed: no rank writes any more
+            if world.is_first:
+                with suppress(OSError):
+                    clean(self.root)
+            raise
+        if world.is_first:
+            purge(self.root, self._keep)
 
 
-def find_checkpoint(root: Path, resume: str) -> Checkpoint | None:
-    """The checkpoint that `--resume` names.
+def read_checkpoint(directory: Path, world: World | None = None) -> Checkpoint:
+    """A checkpoint, after its files have been compared with its manifest; ranks share the work.
 
     Args:
-        root: the run's `checkpoints` directory.
-        resume: `none`; `auto` (the newest valid one, or none where there is none yet); or a
-            checkpoint's directory.
-
-    Raises:
-        ValueError: a directory named by the user is no valid checkpoint, or `auto` found broken
-            ones alone.
-    """
-    if resume == "none":
-        return None
-    if resume != "auto":
-        return read_checkpoint(Path(resume))
-    problems: list[str] = []
-    for directory in _newest_first(root, unreadable=sys.maxsize):
-        try:
-            found = read_checkpoint(directory)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        for problem in problems:
-            warnings.warn(f"{problem}; step {found.step} is used instead", stacklevel=2)
-        return found
-    if problems:
-        raise ValueError(
-            f"{root} holds no valid checkpoint: {problems[0]}; restore one, or start over with "
-            "--resume none"
-        )
-    return None
-
-
-def read_checkpoint(directory: Path) -> Checkpoint:
-    """Read one checkpoint after its hashes have been checked.
+        directory: the checkpoint's.
+        world: the ranks, which must all call this; None for this process alone.
 
     Raises:
         ValueError: it is missing, incomplete or altered.
+        OSError: it cannot be read.
     """
-    state = _read_state(directory)
-    _check_hash(directory, _TENSORS)
-    return Checkpoint(state["step"], load_file(directory / _TENSORS), state)
+    world = world or World(torch.device("cpu"))
+    record = on_first(world, partial(read_record, directory))
+    on_all(world, partial(check_files, record, record.shards[world.rank :: world.num_ranks]))
+    checkpoint = Checkpoint(record, world)
+    on_all(world, lambda: len(checkpoint.shards.tensors))
+    return checkpoint
 
 
-def _read_state(directory: Path) -> dict[str, Any]:
-    _check_hash(directory, _STATE)
-    return json.loads((directory / _STATE).read_text())
+def group_hash(checkpoint: Checkpoint, group: str) -> str:
+    """The canonical hash of a group, the same however it was sharded; of names, shapes, bytes."""
+    return checkpoint.shards.hash(group)
 
 
-def _check_hash(directory: Path, name: str) -> None:
-    manifest = directory / _MANIFEST
-    if not manifest.is_file():
-        raise ValueError(f"{directory} is not a checkpoint; expected {_MANIFEST} in it")
-    try:
-        matches = _sha256(directory / name) == json.loads(manifest.read_text())[name]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{directory} is not a whole checkpoint ({error})") from error
-    if not matches:
-        raise ValueError(f"{directory / name} does not match its hash in {_MANIFEST}")
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, sharded as the tensors are, that nothing else refers to."""
+    copies = {
+        name: tensor.detach().to(
+            "cpu",
+            non_blocking=tensor.device.type == "cuda",  # into pinned memory
+            copy=True,
+            memory_format=torch.contiguous_format,
+        )
+        for name, tensor in tensors.items()
+    }
+    for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+    return copies
 
 
-def _newest_first(root: Path, unreadable: int) -> list[Path]:
-    """Directories from the one saved last; a broken state counts as sequence `unreadable`."""
-    found = [p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
-    key = {path: (_sequence(path, unreadable), int(path.name[5:])) for path in found}
-    return sorted(found, key=lambda path: key[path], reverse=True)
+def _write_parts(temporary: Path, tensors: Mapping[str, Tensor], world: World) -> bool:
+    """Write this rank's parts; returns whether they are finite where they must be."""
+    save_shards(temporary, tensors, world)
+    return all(
+        bool(torch.isfinite(local(tensor)).all())
+        for name, tensor in tensors.items()
+        if name.partition("/")[0] in _MUST_BE_FINITE and tensor.is_floating_point()
+    )
 
 
-def _sequence(directory: Path, unreadable: int = 0) -> int:
-    try:
-        return _read_state(directory).get("sequence", 0)
-    except ValueError:
-        return unreadable
+def _hash_share(
+    temporary: Path, names: list[str], world: World
+) -> tuple[dict[str, File], dict[str, str]]:
+    """This rank's share of the files' hashes, and of the weights' fingerprints.
+
+    What is hashed is read back from the files: what could not be read later is told of now.
+    """
+    share = slice(world.rank, None, world.num_ranks)
+    for name in names[share]:
+        fsync(temporary / name)
+    files = {name: hash_file(temporary / name) for name in names[share]}
+    shards = Shards(temporary, names)
+    weights = list(shards.group("model").items())[share]
+    return files, {name: fingerprint(shards.read(full)) for name, full in weights}
 
 
-def _remove_temporaries(root: Path) -> None:
-    for path in root.glob(".tmp-*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+def _seal(root: Path, record: Record) -> None:
+    """Write state and manifest, and give the checkpoint its name."""
+    numbered = replace(record, sequence=next_sequence(root))
+    temporary = record.directory
+    write(temporary / STATE, state_text(numbered))
+    files = {**record.files, STATE: hash_file(temporary / STATE)}
+    write(temporary / MANIFEST, manifest_text(files))
+    publish(root, temporary, record.step)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_shared(root: Path, world: World) -> None:
+    """Refuse a directory that is another one on another node."""
+    if world.num_ranks == 1:
+        return
+    name = world.broadcast(f".tmp-seen-by-all-{secrets.token_hex(4)}")
+
+    def leave_token() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        write(root / name, "")
+
+    on_first(world, leave_token)
+    blind = [rank for rank, seen in enumerate(world.gather(_comes(root / name))) if not seen]
+    if world.is_first:
+        (root / name).unlink(missing_ok=True)
+    if blind:
+        raise ValueError(
+            f"{root} is not the same directory for all ranks: {name}, written by rank 0, is not "
+            f"seen by rank {blind[0]}; set `out` to a directory that all nodes share"
+        )
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _comes(path: Path) -> bool:
+    end = time.monotonic() + _TO_BE_SEEN_S
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True

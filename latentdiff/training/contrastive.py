@@ -12,14 +12,15 @@ from data_pipelines.loader import Loader
 from latentdiff.build import build_text
 from latentdiff.config import ContrastiveRun, ImageTowerConfig
 from latentdiff.devices import autocast, resolve_device
+from latentdiff.parallel import World, check_alone, gradient_norm
 from latentdiff.text import TextEncoder
 from latentdiff.training.captions import vocabulary_captions
-from latentdiff.training.checkpoint import find_checkpoint, save_checkpoint
+from latentdiff.training.checkpoint import Checkpoints
+from latentdiff.training.commit import Keep
 from latentdiff.training.log import RunLog
 from latentdiff.training.optim import (
-    load_optimizer_tensors,
+    build_optimizer,
     lr_at,
-    make_adamw,
     named_trainable,
     optimizer_tensors,
     step_optimizer,
@@ -86,6 +87,7 @@ def contrastive_loss(logits: Tensor) -> Tensor:
 
 def train_contrastive(config: ContrastiveRun, resume: str = "auto") -> Path:
     """Run `config` to its end; returns the directory with `text_encoder/` and `tokenizer/`."""
+    check_alone("a text tower")
     torch.manual_seed(config.seed)
     device, out = resolve_device(config.loop.device), Path(config.out)
     loop = config.loop
@@ -103,14 +105,15 @@ def train_contrastive(config: ContrastiveRun, resume: str = "auto") -> Path:
     text = build_text(config.text, captions)
     assert text is not None
     pair = ContrastivePair(text, config.image).to(device)
-    optimizer = make_adamw({"pair": pair}, config.optimizer)
     weights = named_trainable({"pair": pair})
+    optimizer = build_optimizer(weights, config.optimizer)
 
     step = 0
-    if (checkpoint := find_checkpoint(out / "checkpoints", resume)) is not None:
+    checkpoints = Checkpoints(out / "checkpoints", World(device), Keep(loop.keep_checkpoints))
+    if (checkpoint := checkpoints.find(resume)) is not None:
         step = checkpoint.step
         checkpoint.restore("model", weights)
-        load_optimizer_tensors(optimizer, weights, checkpoint.group("optimizer"))
+        checkpoint.restore("optimizer", optimizer_tensors(optimizer, weights))
         restore_loader(checkpoint, loader)
 
     batches = iter(loader)
@@ -124,7 +127,8 @@ def train_contrastive(config: ContrastiveRun, resume: str = "auto") -> Path:
                     logits = pair(batch.images.to(device), ids)
                     loss = contrastive_loss(logits.float())
                 loss.backward()
-            norm = step_optimizer(optimizer, weights.values(), rate, config.optimizer)
+            norm = gradient_norm(weights.values())
+            step_optimizer(optimizer, weights.values(), norm, None, rate, config.optimizer)
             step += 1
             is_logged = step % loop.log_every == 0 or step == loop.num_steps
             if is_logged and logits is not None and loss is not None:
@@ -139,8 +143,9 @@ def train_contrastive(config: ContrastiveRun, resume: str = "auto") -> Path:
                 log.scalars(step, scalars, loop.batch_size)
             if step % loop.checkpoint_every == 0 or step == loop.num_steps:
                 groups = {"model": weights, "optimizer": optimizer_tensors(optimizer, weights)}
-                state = {"loader": loader.state()}
-                save_checkpoint(out / "checkpoints", step, groups, state, loop.keep_checkpoints)
+                state = {"loader": loader.state(), "config": config.model_dump(mode="json")}
+                checkpoints.save(step, groups, state, is_last=step == loop.num_steps)
+    checkpoints.close()
 
     target = Path(config.export or out / "text")
     text.save(target)

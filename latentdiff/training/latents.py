@@ -1,16 +1,15 @@
-"""Where do a step's latents come from? Encoded as they are drawn, or once and kept in memory."""
+"""How are a data set's latents kept in memory? Every picture is encoded once, before training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.batch import Batch
 from data_pipelines.ledger import BadSample
 from data_pipelines.loader import Loader
-from latentdiff.randomness import normal
 from vae.autoencoder import Autoencoder
 
 _BATCH = 64  # pictures encoded at a time
@@ -41,10 +40,16 @@ class LatentCache:
             stds.append(std.cpu().half())
         return cls(torch.cat(means), torch.cat(stds))
 
-    def draw(self, batch: Batch, seed: int) -> Tensor:
-        """A posterior sample of each draw of the batch, float32 [b, c, h, w]."""
-        mean, std = self.mean[batch.ids].float(), self.std[batch.ids].float()
-        return mean + std * posterior_noise(mean, batch, seed)
+    def take(self, ids: np.ndarray) -> Tensor:
+        """Moments of some pictures, float16 [b, 2, c, h, w], as stored latents lie in a batch.
+
+        Args:
+            ids: int64 [b]; -1, an empty place, gets zeros.
+        """
+        here = torch.from_numpy(ids)
+        moments = torch.stack((self.mean[here], self.std[here]), 1)
+        moments[here < 0] = 0
+        return moments
 
 
 def _picture(loader: Loader, index: int) -> Tensor:
@@ -54,29 +59,3 @@ def _picture(loader: Loader, index: int) -> Tensor:
         loader.refuse(index, error)
         side = loader.config.output_px
         return torch.zeros(3, side, side)
-
-
-@torch.no_grad()
-def encode_batch(autoencoder: Autoencoder, batch: Batch, seed: int, device: torch.device) -> Tensor:
-    """A posterior sample of each picture of the batch, float32 [b, c, h, w]."""
-    mean, std = autoencoder.moments(batch.images.to(device))
-    return (mean + std * posterior_noise(mean, batch, seed).to(mean)).float()
-
-
-def draw_stored(batch: Batch, seed: int, device: torch.device) -> Tensor:
-    """A posterior sample of each draw of a batch of stored latents, float32 [b, c, h, w].
-
-    Where the shards hold moments it is drawn here, anew in every epoch; where they hold samples it
-    is the one that was stored.
-    """
-    assert batch.latents is not None
-    stored = batch.latents.to(device, non_blocking=True).float()  # [b, 2 | 1, c, h, w]
-    if stored.shape[1] == 1:
-        return stored[:, 0]
-    mean, std = stored.unbind(1)
-    return mean + std * posterior_noise(mean, batch, seed).to(mean)
-
-
-def posterior_noise(like: Tensor, batch: Batch, seed: int) -> Tensor:
-    """The counter-based noise that turns posterior moments into a sample."""
-    return normal(like.shape[1:], seed, batch.positions.tolist(), "posterior")

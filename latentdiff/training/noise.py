@@ -31,29 +31,38 @@ def timestep_draws(
 
 
 def draw_noise(
-    clean: Tensor, positions: Sequence[int], seed: int, offset_strength: float = 0.0
+    shape: Sequence[int], positions: Sequence[int], seed: int, offset_strength: float = 0.0
 ) -> Tensor:
-    """The noise that hides `clean`, like it.
+    """The noise that hides clean data, float32 [b, *shape] on the CPU.
 
     Standard normal, and with an offset one more normal number for a whole channel, so that the mean
     of a picture, which plain noise leaves almost as it is, must be learned too (Guttenberg 2023):
         noise = randn(b, c, h, w) + s * randn(b, c, 1, 1)
+
+    Args:
+        shape: of a sample: (c, ...).
+        positions: b places since the start of the run.
+        seed: of the run.
+        offset_strength: s.
     """
-    shape = clean.shape[1:]
     noise = normal(shape, seed, positions, "noise")
     if offset_strength:
         per_channel = (shape[0], *[1] * (len(shape) - 1))
-        noise = noise + offset_strength * normal(per_channel, seed, positions, "offset_noise")
-    return noise.to(clean.device)
+        noise += offset_strength * normal(per_channel, seed, positions, "offset_noise")
+    return noise
 
 
-def perturb(noise: Tensor, positions: Sequence[int], seed: int, strength: float) -> Tensor:
-    """The noise of the network's input: noise + gamma * randn (Ning et al. 2023, algorithm 1).
+def draw_extra_noise(
+    shape: Sequence[int], positions: Sequence[int], seed: int, strength: float
+) -> Tensor | None:
+    """What the network's input has beside the noise: gamma * randn, float32 [b, *shape].
 
     The target keeps the plain noise, so that the network learns to correct inputs that are a little
-    off, as a sampler's are.
+    off, as a sampler's are (Ning et al. 2023, algorithm 1).
+
+    Returns:
+        None for strength 0.
     """
     if not strength:
-        return noise
-    extra = normal(noise.shape[1:], seed, positions, "input_perturbation")
-    return noise + strength * extra.to(noise.device)
+        return None
+    return strength * normal(shape, seed, positions, "input_perturbation")

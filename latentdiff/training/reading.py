@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from torch import Tensor
@@ -104,31 +104,46 @@ def read_batches(
 
 
 def merge_logs(files: Iterable[Path]) -> list[tuple[int, int, int, int]]:
-    """(step, position, id, crc) of every delivered sample in some logs, by position.
+    """(step, position, id, crc) of every delivered sample in some logs, by position; see below."""
+    return [
+        (step, at, number, crc) for step, at, number, crc in merge_lines(files, ("ids", "crcs"))
+    ]
 
+
+def merge_lines(files: Iterable[Path], columns: Sequence[str]) -> list[tuple[Any, ...]]:
+    """(step, position, *columns) of every sample in some logs, by position.
+
+    A line of a log is {"step": s, "positions": [...], column: [...], ...}, its lists equally long.
     A step that a killed run had read and its successor read again stands there once, if both read
     the same; a last line that was cut is left out.
 
     Raises:
-        ValueError: two logs read different samples at a position.
+        ValueError: two logs say different things of a position.
     """
-    found: dict[int, tuple[int, int, int, int]] = {}
+    found: dict[int, tuple[Any, ...]] = {}
     for path in files:
         for text in path.read_text(encoding="utf-8").splitlines():
             try:
                 line = json.loads(text)
             except ValueError:
                 continue
-            for position, number, crc in zip(
-                line["positions"], line["ids"], line["crcs"], strict=True
-            ):
-                entry = (line["step"], position, number, crc)
+            lists = (line[name] for name in ("positions", *columns))
+            for position, *values in zip(*lists, strict=True):
+                entry = (line["step"], position, *values)
                 if found.setdefault(position, entry) != entry:
                     raise ValueError(
                         f"{path} read {entry} where another log has {found[position]}; the runs "
                         "differ in data, seed or batch size"
                     )
     return [found[position] for position in sorted(found)]
+
+
+def sample_crc(payloads: Tensor | None, caption: str, i: int) -> int:
+    """CRC-32 of a caption and of entry `i` of its batch's pixels or latents, where it has those."""
+    crc = zlib.crc32(caption.encode("utf-8", "surrogatepass"))
+    if payloads is None:
+        return crc
+    return zlib.crc32(np.ascontiguousarray(payloads[i].numpy()).data, crc)
 
 
 def _open(path: Path) -> IO[str]:
@@ -143,12 +158,5 @@ def _line(batch: Batch) -> dict[str, int | list[int]]:
         "step": batch.step,
         "positions": batch.positions.tolist(),
         "ids": batch.ids.tolist(),
-        "crcs": [_crc(payloads, batch.captions[i], i) for i in range(len(batch))],
+        "crcs": [sample_crc(payloads, batch.captions[i], i) for i in range(len(batch))],
     }
-
-
-def _crc(payloads: Tensor | None, caption: str, i: int) -> int:
-    crc = zlib.crc32(caption.encode("utf-8", "surrogatepass"))
-    if payloads is None:
-        return crc
-    return zlib.crc32(np.ascontiguousarray(payloads[i].numpy()).data, crc)

@@ -10,6 +10,7 @@ import pytest
 
 from data_pipelines.ledger import (
     REASONS,
+    Account,
     BadSample,
     Ledger,
     Skip,
@@ -190,3 +191,46 @@ def test_pictures_without_a_bucket_left_places_empty(tmp_path: Path) -> None:
     Ledger(1.0, path).record(9, [*left_out, skip(44)])
     again = Ledger(1.0, path, cursor=50, num_empty=7, chapter=40)
     assert again.num_delivered == 50 - 7 - 2 - 1  # those of the chapter under way are in the 7
+
+
+# Several ranks
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+def test_ranks_share_out_all_places_that_are_done(tmp_path: Path, num_ranks: int) -> None:
+    Ledger(1.0, tmp_path / "0.jsonl").record(2, [skip(i) for i in range(9)])  # more than a share
+    paths = [tmp_path / f"{rank}.jsonl" for rank in range(num_ranks)]
+    ledgers = [
+        Ledger(1.0, path, 40, num_ranks, num_empty=5, rank=rank) for rank, path in enumerate(paths)
+    ]
+    total = Account.sum(ledger.account() for ledger in ledgers)
+    assert (total.num_delivered, total.num_skipped) == (40 - 5 - 9, 9)
+
+
+def test_orphans_are_taken_over_up_to_the_cursor_and_removed(tmp_path: Path) -> None:
+    own, *orphans = (tmp_path / f"{rank}.jsonl" for rank in range(3))
+    twice = [skip(0, "aspect ratio"), skip(0, "aspect ratio")]  # a chapter may draw it twice
+    for path, skips in ((own, [*twice, skip(7)]), (orphans[0], [skip(3), skip(41)])):
+        Ledger(1.0, path).record(1, skips)
+    ledger = Ledger(1.0, own, 40, orphans=orphans)  # the third was never written
+    assert lines(own) == [0, 0, 3, 7] and list(tmp_path.iterdir()) == [own]
+    assert ledger.counts == {"aspect ratio": 2, "bad image": 2}
+    assert ledger.examples["bad image"].position == 3
+
+
+def test_an_account_stays_what_it_was() -> None:
+    ledger = Ledger(1.0)
+    ledger.record(5, [skip(1)])
+    before = ledger.account()
+    ledger.record(5, [skip(2), skip(3, "cut")])
+    assert (before.num_delivered, before.counts) == (5, {"bad image": 1})
+    assert ledger.account().examples.keys() == {"bad image", "cut"}
+    assert pickle.loads(pickle.dumps(before)) == before
+
+
+def test_one_of_several_ranks_refuses_what_is_too_much_for_all() -> None:
+    ledger = Ledger(0.01, num_ranks=4)
+    ledger.record(980, [skip(i) for i in range(20)])  # 2 % of its own, 0.5 % of all
+    ledger.record(0, [skip(i) for i in range(20, 40)])
+    with pytest.raises(TooManyBadSamples, match=r"41 of 4084 samples cannot be used"):
+        ledger.record(0, [skip(40)])

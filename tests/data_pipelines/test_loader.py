@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+import warnings
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -264,9 +265,31 @@ def test_another_run_is_not_resumed(shards: str, two: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=f"the loader was saved with {text}"):
             changed.restore({**state, "cursor": 24})
         assert changed.cursor == 16
-    moved = Loader(config(shards, size_px=8, num_workers=0), 0, 8, num_ranks=4)
+    moved = Loader(config(shards, num_workers=0), 0, 8, num_ranks=4)
     moved.restore({**state, "cursor": 24})
     assert moved.cursor == 24
+
+
+def test_a_run_whose_pictures_or_captions_changed_is_warned(shards: str) -> None:
+    state = json.loads(json.dumps(Loader(config(shards), 0, 8).state()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Loader(config(shards, num_workers=0, max_bad_rate=0.5), 0, 8).restore(state)
+        other = config(shards, flip=True)
+        Loader(other, 0, 8, rank=1, num_ranks=2).restore(state)  # the first rank speaks for all
+    for changes, named in (
+        ({"flip": True}, "data.flip"),
+        ({"size_px": 24, "crop_px": 16}, "data.size_px, data.crop_px"),
+        ({"captions": {"article": 0.5}}, "data.captions"),
+    ):
+        loader = Loader(config(shards, **changes), 0, 8)
+        with pytest.warns(UserWarning) as told:
+            loader.restore({**state, "cursor": 16})
+        assert [str(warning.message) for warning in told] == [
+            f"{named} changed since the checkpoint was saved: the order of the samples goes on, "
+            "but what is drawn of them is not what the run drew before"
+        ]
+        assert loader.cursor == 16
 
 
 def test_data_that_was_moved_has_the_same_order(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,11 @@ from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.index import index_shards
 from data_pipelines.loader import Loader
-from latentdiff.training.latents import LatentCache, encode_batch, posterior_noise
+from latentdiff.configobjective import DiffusionObjectiveConfig
+from latentdiff.schedule import NoiseSchedule
+from latentdiff.training.feed import clean_latents
+from latentdiff.training.latents import LatentCache
+from latentdiff.training.micro import Recipe, prepare
 from vae.autoencoder import Autoencoder
 
 CPU = torch.device("cpu")
@@ -22,6 +27,12 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def data(assets: Path) -> DataConfig:
     return DataConfig(shards=(str(assets / "val-*.tar"),), size_px=16)
+
+
+def recipe(seed: int, cache: LatentCache | None = None) -> Recipe:
+    """Of a model whose autoencoder makes 4x4 of 16 px."""
+    schedule, objective = NoiseSchedule.linear(), DiffusionObjectiveConfig()
+    return Recipe(seed, 12, schedule, "epsilon", objective, 4, 4, True, cache=cache)
 
 
 def batches(data: DataConfig, batch_size: int, count: int) -> list[Batch]:
@@ -35,20 +46,33 @@ def test_cached_and_fresh_latents_agree(data: DataConfig, tiny_autoencoder: Path
     assert cache.mean.dtype == torch.float16 and (cache.std > 0).all()
     drawn = []
     for batch in batches(data, 10, 6):  # two epochs
-        cached, fresh = cache.draw(batch, seed=5), encode_batch(autoencoder, batch, 5, CPU)
+        micro = prepare(batch, recipe(5, cache))
+        assert micro.pixels is None
+        cached = clean_latents(autoencoder, micro)
+        fresh = clean_latents(autoencoder, prepare(batch, recipe(5)))
         assert cached.dtype == fresh.dtype == torch.float32
         torch.testing.assert_close(cached, fresh, rtol=2e-3, atol=5e-3)  # float16 moments
         drawn.append(cached)
     assert not torch.equal(torch.cat(drawn[:3]), torch.cat(drawn[3:]))
 
 
+def test_moments_are_taken_as_stored_latents_lie() -> None:
+    cache = LatentCache(torch.rand(5, 4, 2, 2).half(), torch.rand(5, 4, 2, 2).half())
+    taken = cache.take(np.array([3, -1, 3, 0]))
+    assert taken.shape == (4, 2, 4, 2, 2) and taken.dtype == torch.float16
+    assert torch.equal(taken[0], taken[2]) and torch.equal(taken[0, 0], cache.mean[3])
+    assert torch.equal(taken[3, 1], cache.std[0])
+    assert (taken[1] == 0).all()
+
+
 def test_the_posteriors_noise_depends_on_the_position_alone(data: DataConfig) -> None:
-    like = torch.zeros(12, 4, 4, 4)
     (large,), small = batches(data, 12, 1), batches(data, 4, 3)
-    whole = posterior_noise(like, large, seed=5)
-    parts = [posterior_noise(like[:4], batch, seed=5) for batch in small]
-    assert torch.equal(whole, torch.cat(parts))
-    assert not torch.equal(whole, posterior_noise(like, large, seed=6))
+    whole = prepare(large, recipe(5)).posterior
+    parts = [prepare(batch, recipe(5)).posterior for batch in small]
+    assert whole is not None and whole.shape == (12, 4, 4, 4)
+    assert torch.equal(whole, torch.cat([part for part in parts if part is not None]))
+    other = prepare(large, recipe(6)).posterior
+    assert other is not None and not torch.equal(whole, other)
     assert abs(whole.mean()) < 0.2 and abs(whole.std() - 1) < 0.2
 
 

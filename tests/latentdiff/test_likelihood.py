@@ -299,7 +299,7 @@ def test_the_loss_is_the_sum_of_the_terms() -> None:
     bound = bits_per_dim(network, schedule, "v", clean[:1], noise, bins=None)
     t = torch.arange(20)
     noisy = schedule.add_noise(clean, torch.cat([noise(clean[:1], i) for i in range(20)]), t)
-    loss = vlb_loss(schedule, network(noisy, t), clean, noisy, t, "v", bins=None)
+    loss = vlb_loss(schedule, network(noisy, t), clean, noisy, t, "v", bins=None).mean()
     torch.testing.assert_close(loss.double(), bound.terms.sum(), rtol=1e-4, atol=1e-4)
 
 
@@ -310,7 +310,7 @@ def test_the_bound_trains_the_variance_alone(bins: int | None) -> None:
     output = torch.randn(6, 8, 2, 2, generator=torch.Generator().manual_seed(1))
     output.requires_grad_()
     t = torch.tensor([0, 1, 10, 50, 98, 99])
-    vlb_loss(schedule, output, clean, noisy, t, "v", bins).backward()
+    vlb_loss(schedule, output, clean, noisy, t, "v", bins).mean().backward()
     assert output.grad is not None and torch.isfinite(output.grad).all()
     assert (output.grad[:, :4] == 0).all()
     assert (output.grad[:, 4:] != 0).all()
@@ -329,7 +329,7 @@ def test_the_bounds_optimum_is_the_exact_variance() -> None:
         channels = (2 * (exact_fraction(schedule) + shift) - 1).requires_grad_()
         output = torch.cat([predicted, channels[t]], 1)
         (grad,) = torch.autograd.grad(
-            vlb_loss(schedule, output, clean, noisy, t, "v", bins=None), channels
+            vlb_loss(schedule, output, clean, noisy, t, "v", bins=None).mean(), channels
         )
         return grad[:12]  # beyond, beta and beta_tilde are one to float32
 

@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,8 +18,12 @@ from latentdiff.build import build_schedule
 from latentdiff.config import DiffusionRun, load
 from latentdiff.loss import target
 from latentdiff.randomness import normal
-from latentdiff.training.diffusion import batch_loss, train_diffusion
-from latentdiff.training.noise import draw_noise, perturb, timestep_draws
+from latentdiff.training.denoising import batch_loss
+from latentdiff.training.diffusion import train_diffusion
+from latentdiff.training.feed import clean_latents
+from latentdiff.training.micro import Recipe, prepare
+from latentdiff.training.noise import draw_extra_noise, draw_noise, timestep_draws
+from latentdiff.unet import as_network
 
 SEED = 3
 
@@ -74,10 +78,10 @@ def test_stratified_timesteps_are_uniform_at_every_place_and_differ_by_step() ->
 
 
 def test_offset_noise_shifts_whole_channels() -> None:
-    clean = torch.zeros(2000, 3, 4, 4)
-    plain = draw_noise(clean, range(2000), SEED)
+    shape = (3, 4, 4)
+    plain = draw_noise(shape, range(2000), SEED)
     assert torch.equal(plain, normal((3, 4, 4), SEED, range(2000), "noise"))
-    shifted = draw_noise(clean, range(2000), SEED, offset_strength=0.5)
+    shifted = draw_noise(shape, range(2000), SEED, offset_strength=0.5)
     offset = shifted - plain
     torch.testing.assert_close(offset, offset[:, :, :1, :1].expand_as(offset), atol=1e-6, rtol=0)
     channels = offset[:, :, 0, 0]
@@ -85,18 +89,19 @@ def test_offset_noise_shifts_whole_channels() -> None:
     assert channels.T.corrcoef().fill_diagonal_(0).abs().max() < 4 / math.sqrt(2000)
     means = plain.mean((2, 3))
     assert torch.stack([means.flatten(), channels.flatten()]).corrcoef()[0, 1].abs() < 0.06
-    some = draw_noise(clean[:5], range(70, 75), SEED, offset_strength=0.5)
+    some = draw_noise(shape, range(70, 75), SEED, offset_strength=0.5)
     assert torch.equal(some, shifted[70:75])
 
 
 def test_input_perturbation_is_noise_of_its_own() -> None:
-    noise = draw_noise(torch.zeros(2000, 3), range(2000), SEED)
-    assert perturb(noise, range(2000), SEED, 0.0) is noise
-    extra = (perturb(noise, range(2000), SEED, 0.1) - noise) / 0.1
-    assert abs(extra.std().item() - 1) < 0.05
+    assert draw_extra_noise((3,), range(2000), SEED, 0.0) is None
+    noise = draw_noise((3,), range(2000), SEED)
+    extra = draw_extra_noise((3,), range(2000), SEED, 0.1)
+    assert extra is not None
+    assert abs(extra.std().item() - 0.1) < 0.005
     assert torch.stack([noise.flatten(), extra.flatten()]).corrcoef()[0, 1].abs() < 0.06
-    some = perturb(noise[70:75], range(70, 75), SEED, 0.1)
-    torch.testing.assert_close(some, (noise + 0.1 * extra)[70:75])
+    some = draw_extra_noise((3,), range(70, 75), SEED, 0.1)
+    assert some is not None and torch.equal(some, extra[70:75])
 
 
 # The loss of a batch
@@ -123,22 +128,36 @@ def spied(config: DiffusionRun, output: Tensor | None = None) -> Any:
         schedule=build_schedule(config.schedule),
         prediction=config.objective.prediction,
         text=None,
-        autoencoder=SimpleNamespace(is_identity=True, latent_channels=3),
+        autoencoder=SimpleNamespace(is_identity=True, latent_channels=3, downscale=1),
     )
 
 
-def batch_at(position: int, count: int) -> Batch:
+def loss_of(
+    model: Any, clean: Tensor, position: int, config: DiffusionRun, num_planned: int = 8
+) -> Tensor:
+    """The loss that samples at `position` and after it have as part of a step."""
+    micro = prepare(batch_at(position, clean, num_planned), Recipe.of(model, config))
+    assert torch.equal(clean_latents(model.autoencoder, micro), clean)
+
+    def network(noisy: Tensor, t: Tensor, token_ids: None, cond: None) -> Tensor:
+        return as_network(model.unet)(noisy, t, cond)
+
+    return batch_loss(cast(Any, network), model, micro, config).share
+
+
+def batch_at(position: int, clean: Tensor, num_planned: int) -> Batch:
+    count = len(clean)
     places, sizes = np.arange(count), np.zeros((count, 2), np.int32)
     return Batch(
         step=0,
-        num_planned=count,
+        num_planned=num_planned,
         positions=position + places,
         ids=places,
         valid=np.ones(count, dtype=bool),
         keys=("",) * count,
         captions=("",) * count,
         pixels=None,
-        latents=None,
+        latents=clean[:, None],
         tokens=None,
         original_size=sizes,
         crop_top_left=sizes,
@@ -169,18 +188,18 @@ def test_a_network_that_says_the_target_has_no_loss(
     config = make_run(objective, schedule=schedule)
     clean, positions = clean_batch(8), range(16, 24)
     asked = spied(config)
-    at_zero = batch_loss(asked, clean, batch_at(16, 8), config)
+    at_zero = loss_of(asked, clean, 16, config)
 
     t = asked.schedule.draw_timesteps(timestep_draws(positions, SEED, 8, False))
     assert asked.unet.t.tolist() == t.float().tolist()
-    noise = draw_noise(clean, positions, SEED, 0.2)
+    noise = draw_noise((3, 4, 4), positions, SEED, 0.2)
     extra = normal((3, 4, 4), SEED, positions, "input_perturbation")
     signal, spread = (part.float().view(-1, 1, 1, 1) for part in asked.schedule.mix(t))
     torch.testing.assert_close(asked.unet.noisy, signal * clean + spread * (noise + 0.1 * extra))
 
     expected = target(asked.schedule, clean, noise, t, prediction)
     assert at_zero.item() == pytest.approx(expected.square().mean().item(), rel=1e-5)
-    assert batch_loss(spied(config, expected), clean, batch_at(16, 8), config).item() == 0
+    assert loss_of(spied(config, expected), clean, 16, config).item() == 0
 
 
 @pytest.mark.parametrize(
@@ -196,8 +215,8 @@ def test_a_network_that_says_the_target_has_no_loss(
 def test_the_config_chooses_weighting_and_huber(weighting: dict[str, Any], on_epsilon: Any) -> None:
     config = make_run({"weighting": weighting, "loss": {"kind": "huber", "c": 0.3}})
     model, clean = spied(config), clean_batch(8)
-    loss = batch_loss(model, clean, batch_at(0, 8), config)
-    noise = draw_noise(clean, range(8), SEED).double()
+    loss = loss_of(model, clean, 0, config)
+    noise = draw_noise((3, 4, 4), range(8), SEED).double()
     huber = 0.6 * ((noise**2 + 0.09).sqrt() - 0.3)
     weight = on_epsilon(model.schedule.snr(model.unet.t.long()))
     assert loss.item() == pytest.approx((weight * huber.mean((1, 2, 3))).mean().item(), rel=1e-5)
@@ -216,12 +235,11 @@ def test_micro_batches_add_up_to_the_batch_with_everything_on() -> None:
     config = make_run(objective, schedule={"kind": "cosine", "num_timesteps": 100})
     clean = clean_batch(8)
     output = torch.randn(8, 6, 4, 4, generator=torch.Generator().manual_seed(1))
-    whole = batch_loss(spied(config, output), clean, batch_at(40, 8), config)
+    whole = loss_of(spied(config, output), clean, 40, config)
     parts = [
-        batch_loss(spied(config, output[i : i + 4]), clean[i : i + 4], batch_at(40 + i, 4), config)
-        for i in (0, 4)
+        loss_of(spied(config, output[i : i + 4]), clean[i : i + 4], 40 + i, config) for i in (0, 4)
     ]
-    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+    torch.testing.assert_close(torch.stack(parts).sum(), whole)
 
 
 def test_the_hybrid_adds_the_bound_for_the_variance_alone() -> None:
@@ -233,9 +251,9 @@ def test_the_hybrid_adds_the_bound_for_the_variance_alone() -> None:
     )
     clean = clean_batch(8)
     output = torch.randn(8, 6, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    plain = batch_loss(spied(simple, output[:, :3]), clean, batch_at(0, 8), simple)
-    one = batch_loss(spied(light, output), clean, batch_at(0, 8), light)
-    two = batch_loss(spied(heavy, output), clean, batch_at(0, 8), heavy)
+    plain = loss_of(spied(simple, output[:, :3]), clean, 0, simple)
+    one = loss_of(spied(light, output), clean, 0, light)
+    two = loss_of(spied(heavy, output), clean, 0, heavy)
     torch.testing.assert_close(two - one, one - plain, rtol=1e-3, atol=0)
     assert one > plain
 

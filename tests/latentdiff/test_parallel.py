@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tinyruns import tiny_autoencoder_run
 from torch import nn
 from torchrun import ROOT, torchrun
 
 from latentdiff.configtraining import ParallelConfig
 from latentdiff.parallel import gradient_norm, join, leave, load_shards, save_shards, wrap
+from latentdiff.training.run import train
 
 SCRIPT = str(ROOT / "tests" / "latentdiff" / "parallel_ranks.py")
 MODES = [
@@ -136,3 +138,14 @@ def test_wrong_launches_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         join("cpu", ParallelConfig(mode="fsdp", shard_ranks=3))
     with pytest.raises(ValueError, match="4 processes were launched, but MASTER_ADDR"):
         join("cpu", ParallelConfig())
+
+
+def test_what_one_process_trains_is_not_started_by_several(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    run = tiny_autoencoder_run(assets, tmp_path / "run")
+    with pytest.raises(ValueError, match="an autoencoder is trained by one process, but 2 were"):
+        train(run)
+    assert not (tmp_path / "run").exists()

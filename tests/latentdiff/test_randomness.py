@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from data_pipelines.randomness import stream, streams
 from latentdiff.randomness import normal, uniform
 
 
@@ -20,6 +21,16 @@ def test_rows_depend_on_their_own_position_alone() -> None:
     numbers = uniform(7, range(100), "timestep")
     assert numbers.dtype == np.float64
     assert np.array_equal(uniform(7, [5, 3], "timestep"), numbers[[5, 3]])
+
+
+def test_a_generator_that_is_moved_on_draws_as_one_of_its_own() -> None:
+    positions = [0, 7, 2**40, 3, 3]
+    for position, moved in zip(positions, streams(5, positions, "noise"), strict=True):
+        own = stream(5, position, "noise")
+        for _ in range(2):  # odd numbers of halves and of words, which a generator keeps for later
+            assert moved.random(3, np.float32).tolist() == own.random(3, np.float32).tolist()
+            assert moved.standard_normal(5).tolist() == own.standard_normal(5).tolist()
+    assert normal((), 5, positions, "noise").shape == (5,)
 
 
 def test_positions_far_into_a_run_have_rows_of_their_own() -> None:

@@ -15,14 +15,17 @@ from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.index import index_shards
 from data_pipelines.loader import Loader
+from latentdiff.configobjective import DiffusionObjectiveConfig
 from latentdiff.encoding import Encoders, load_encoders
 from latentdiff.loss import drop_captions, drop_ids
 from latentdiff.pairing import check_model, check_tokenizer
 from latentdiff.precompute import precompute
+from latentdiff.schedule import NoiseSchedule
 from latentdiff.text import TextEncoder
-from latentdiff.training.latents import draw_stored, encode_batch
+from latentdiff.training.feed import clean_latents
+from latentdiff.training.micro import Recipe, prepare
+from vae.autoencoder import Autoencoder
 
-CPU = torch.device("cpu")
 SIZE_PX = 16
 
 
@@ -74,22 +77,29 @@ def test_stored_moments_are_those_of_the_pictures(
         torch.testing.assert_close(mean, wanted[key], rtol=2e-3, atol=5e-3)  # float16
 
 
+def drawn(autoencoder: Autoencoder, batch: Batch, seed: int) -> torch.Tensor:
+    """The latents that a run trains on."""
+    schedule, objective = NoiseSchedule.linear(), DiffusionObjectiveConfig()
+    recipe = Recipe(seed, 10, schedule, "epsilon", objective, 4, 4, True)
+    return clean_latents(autoencoder, prepare(batch, recipe))
+
+
 def test_a_draw_of_stored_moments_is_a_draw_of_the_picture(
     pictures: Path, encoders: Encoders, tmp_path: Path
 ) -> None:
     out = store(pictures, encoders, tmp_path / "latents")
     (stored,), (fresh,) = batches(out, "latents", 1), batches(pictures, "images", 1)
-    drawn = draw_stored(stored, 3, CPU)
-    assert drawn.shape == (10, 4, 4, 4) and drawn.dtype == torch.float32
+    found = drawn(encoders.autoencoder, stored, 3)
+    assert found.shape == (10, 4, 4, 4) and found.dtype == torch.float32
     assert stored.latents is not None
     mean, std = stored.latents.float().unbind(1)
-    noise = (drawn - mean) / std
-    encoded = encode_batch(encoders.autoencoder, fresh, 3, CPU)
+    noise = (found - mean) / std
+    encoded = drawn(encoders.autoencoder, fresh, 3)
     fresh_mean, fresh_std = encoders.autoencoder.moments(fresh.images)
     torch.testing.assert_close(  # the same noise at the same position of the run
         noise, (encoded - fresh_mean) / fresh_std, rtol=1e-2, atol=2e-2
     )
-    assert not torch.equal(drawn, draw_stored(stored, 4, CPU))
+    assert not torch.equal(found, drawn(encoders.autoencoder, stored, 4))
 
 
 def test_stored_samples_are_taken_as_they_are(
@@ -97,7 +107,8 @@ def test_stored_samples_are_taken_as_they_are(
 ) -> None:
     (batch,) = batches(store(pictures, encoders, tmp_path / "l", kind="samples"), "latents", 1)
     assert batch.latents is not None and batch.latents.shape == (10, 1, 4, 4, 4)
-    assert torch.equal(draw_stored(batch, 3, CPU), batch.latents[:, 0].float())
+    found = drawn(encoders.autoencoder, batch, 3)
+    assert torch.equal(found, batch.latents[:, 0].float())
 
 
 def test_stored_ids_condition_as_their_captions_do(

@@ -20,6 +20,7 @@ from data_pipelines.loader import Loader
 from latentdiff.config import AutoencoderRun, load
 from latentdiff.training.autoencoder import train_autoencoder
 from latentdiff.training.checkpoint import read_checkpoint
+from latentdiff.training.inspecting import inspect_checkpoint
 from latentdiff.training.log import RunLog
 from vae.autoencoder import Autoencoder
 
@@ -110,16 +111,18 @@ def test_an_interrupted_run_ends_bitwise_where_the_whole_one_does(
     again = train_autoencoder(parts)
 
     for step in ("step-2", "step-4"):
-        for file in ("tensors.safetensors", "state.json"):
-            one = tmp_path / "whole" / "checkpoints" / step / file
-            assert one.read_bytes() == (checkpoints / step / file).read_bytes(), (step, file)
+        one = inspect_checkpoint(tmp_path / "whole" / "checkpoints" / step)
+        other = inspect_checkpoint(checkpoints / step)
+        assert one.problem is other.problem is None and one.hashes == other.hashes, step
+        assert one.record is not None and other.record is not None
+        assert one.record.state["loader"] == other.record.state["loader"]
     for file in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert (exported / file).read_bytes() == (again / file).read_bytes()
     first, last = (read_checkpoint(checkpoints / f"step-{step}") for step in (2, 4))
     groups = {"model", "ema", "optimizer"} | (
         {"critic", "critic_optimizer"} if objective else set()
     )
-    assert {name.partition("/")[0] for name in last.tensors} == groups
+    assert set(last.shards.groups()) == groups
     for group in groups:  # all of them move
         before, after = first.group(group), last.group(group)
         assert any(not torch.equal(value, after[name]) for name, value in before.items()), group
@@ -137,11 +140,15 @@ def test_a_finished_run_exports_again(assets: Path, tmp_path: Path) -> None:
 def test_a_run_can_start_over(assets: Path, tmp_path: Path) -> None:
     config = run_config(assets, tmp_path, {})
     train_autoencoder(config)
-    tensors = tmp_path / "checkpoints" / "step-4" / "tensors.safetensors"
-    before, old = tensors.read_bytes(), tensors.stat().st_ino
+    step = tmp_path / "checkpoints" / "step-4"
+    before, old = inspect_checkpoint(step), step.stat().st_ino
     train_autoencoder(config, resume="none")
-    assert tensors.stat().st_ino != old  # it did not resume at step 4
-    assert tensors.read_bytes() == before
+    assert step.stat().st_ino != old  # it did not resume at step 4
+    after = inspect_checkpoint(step)
+    assert after.hashes == before.hashes != {}
+    assert before.record is not None and after.record is not None
+    assert (before.record.sequence, after.record.sequence) == (2, 4)
+    assert after.record.state["config"]["seed"] == config.seed
 
 
 def test_a_checkpoint_of_another_config(assets: Path, tmp_path: Path) -> None:
@@ -155,7 +162,9 @@ def test_a_checkpoint_of_another_config(assets: Path, tmp_path: Path) -> None:
     ):
         train_autoencoder(wider)
     averaged = run_config(assets, tmp_path, {"num_steps": 2})
-    with pytest.raises(ValueError, match=r"the saved averages do not fit: .*--resume none"):
+    with pytest.raises(
+        ValueError, match=r"does not fit this run: \d+ tensors of ema differ, .* none"
+    ):
         train_autoencoder(averaged)
 
 
@@ -227,7 +236,7 @@ def test_bf16_with_a_critic(assets: Path, tmp_path: Path) -> None:
     train_autoencoder(run_config(assets, tmp_path, loop, objective=GAN))
     last = metrics(tmp_path)[-1]
     assert all(abs(last[name]) < 100 for name in ("loss", "critic_loss", "grad_norm"))
-    tensors = read_checkpoint(tmp_path / "checkpoints" / "step-2").tensors
+    tensors = read_checkpoint(tmp_path / "checkpoints" / "step-2").shards.tensors
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
@@ -248,7 +257,7 @@ def test_the_export_holds_the_averages(assets: Path, tmp_path: Path) -> None:
     exported = train_autoencoder(run_config(assets, tmp_path, {}))
     checkpoint = read_checkpoint(tmp_path / "checkpoints" / "step-4")
     name = "decoder.conv_out.weight"  # far from the convolutions that the norm is folded into
-    average = checkpoint.group("ema")[f"autoencoder.{name}"]
+    average = checkpoint.group("ema")[f"constant/autoencoder.{name}"]
     assert not torch.equal(average, checkpoint.group("model")[f"autoencoder.{name}"])
     assert torch.equal(Autoencoder.load(exported).model.state_dict()[name], average)
 

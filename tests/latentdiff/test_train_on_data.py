@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from saved import everything
 
 from data_pipelines.index import index_shards
 from latentdiff.config import DiffusionRun
@@ -43,7 +44,7 @@ def losses(run: DiffusionRun) -> list[float]:
 
 
 def ledger(run: DiffusionRun) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run.out) / "ledger.jsonl").open()]
+    return [json.loads(line) for line in (Path(run.out) / "ledger-0.jsonl").open()]
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +124,8 @@ def test_a_mixture_in_buckets_resumes_to_the_bit(
     train_diffusion(parts)
     expected = read_checkpoint(Path(whole.out) / "checkpoints" / "step-4")
     found = read_checkpoint(Path(parts.out) / "checkpoints" / "step-4")
-    assert found.tensors.keys() == expected.tensors.keys()
-    assert all(torch.equal(found.tensors[n], expected.tensors[n]) for n in expected.tensors)
+    assert everything(found).keys() == everything(expected).keys()
+    assert all(torch.equal(everything(found)[n], v) for n, v in everything(expected).items())
     assert found.state["loader"] == expected.state["loader"]
     assert found.state["loader"]["cursor"] == 32
 

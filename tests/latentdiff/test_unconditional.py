@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from saved import everything
 
 from latentdiff.cli import run as command
 from latentdiff.config import DiffusionRun
+from latentdiff.parallel import World
 from latentdiff.pipeline import Pipeline, SamplingDefaults
 from latentdiff.randomness import normal, seed_dropout
 from latentdiff.training import diffusion
 from latentdiff.training.checkpoint import read_checkpoint
+from latentdiff.training.denoising import Denoising
 from latentdiff.training.diffusion import train_diffusion
+from latentdiff.training.sampling import draw_grid
 
 SIZE_PX = 16
 
@@ -114,9 +118,11 @@ def test_the_grid_follows_the_run_and_not_the_models_own_defaults(
     model: Path, finished: DiffusionRun
 ) -> None:
     pipeline = Pipeline.load(model)
-    grid = np.asarray(diffusion.sample_grid(pipeline, finished))
+    network = Denoising(pipeline.unet, None, channels_last=True)
+    world = World(torch.device("cpu"))
+    grid = np.asarray(draw_grid(pipeline, network, finished, world))
     pipeline.defaults = SamplingDefaults(num_steps=2, sampler="euler")
-    assert np.array_equal(np.asarray(diffusion.sample_grid(pipeline, finished)), grid)
+    assert np.array_equal(np.asarray(draw_grid(pipeline, network, finished, world)), grid)
 
 
 def test_clean_predictions_are_clipped(model: Path) -> None:
@@ -149,8 +155,9 @@ def test_dropout_is_exact_over_a_resume(
     torch.manual_seed(99)  # nothing of the run may come from the state of the process
     train_diffusion(cut)
     one, other = (read_checkpoint(Path(r.out) / "checkpoints" / "step-4") for r in (whole, cut))
-    for name, value in one.tensors.items():
-        assert torch.equal(value, other.tensors[name]), name
+    expected = everything(other)
+    for name, value in everything(one).items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_what_is_dropped_depends_on_the_position() -> None:
