@@ -11,7 +11,7 @@ INSTALLED_DEV := .venv/.installed-dev
 export LATENTDIFF_PROMPT := $(value PROMPT)
 unexport PROMPT
 
-.PHONY: help sample test format
+.PHONY: help sample test campaign format
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -29,6 +29,10 @@ test: $(INSTALLED_DEV)
 	@$(BIN)/lint-imports
 	@echo "== tests"
 	@$(BIN)/pytest
+
+# Hours: every fault of docs/faults.md. Stopped, it goes on where it was.
+campaign: $(INSTALLED_DEV)
+	$(BIN)/python benchmarks/faults.py --out docs
 
 format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix-only .

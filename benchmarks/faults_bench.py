@@ -18,6 +18,14 @@ from faults_rig import Rig
 from faults_start import Ranks, fork_ranks, in_child, torchrun
 
 PATIENCE_S = 120.0  # for a whole run on a busy machine
+_HEAVY = (  # what takes longest; a run itself tells the rest
+    "latentdiff.training.diffusion",
+    "latentdiff.cli.checkpoint",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+)
 
 
 class Setting(NamedTuple):
@@ -177,8 +185,9 @@ def warm_up(rig: Rig, scratch: Path) -> None:
     Raises:
         RuntimeError: a short run fails.
     """
-    names = in_child(lambda: _modules_of_a_run(rig, scratch))
-    for name in names:
+    for name in _HEAVY:
+        importlib.import_module(name)
+    for name in in_child(lambda: _modules_of_a_run(rig, scratch)):
         if name not in sys.modules and not name.startswith("__"):
             importlib.import_module(name)
     gc.collect()

@@ -21,7 +21,8 @@ MEANING = {
     "K2": "kill -9, then on with another number of ranks, another mode, other worker threads. "
     "Survived: ids, timesteps and noise of all steps are the same, the losses within 1e-5.",
     "K3": "SIGTERM. Survived: all end within 15 s with the exit code for it, with a valid "
-    "checkpoint of the last step; the resumed run is the same to the bit.",
+    "checkpoint of the last step (without data: the last one before); the resumed run is the same "
+    "to the bit.",
     "K4": "SIGSTOP of a rank. Survived: the others end by themselves, non-zero, within "
     "`parallel.timeout_s` (5 s here) and 10 s, and name the rank; nothing is left; the resumed run "
     "is the same to the bit.",

@@ -33,7 +33,13 @@ def damage_cases(bench: Bench) -> Iterator[Case]:
         in_child(lambda: _judges().save_two(whole))
     names = in_child(lambda: [damage.name for damage in _damages()])
     for number, name in enumerate(names):
-        kind = "bit flips" if " flipped at " in name else "cuts" if " cut at " in name else "files, leftovers, pointers"
+        kind = (
+            "bit flips"
+            if " flipped at " in name
+            else "cuts"
+            if " cut at " in name
+            else "files, leftovers, pointers"
+        )
         yield _case("C1", kind, f"{number:03d} {name}", partial(_damage, number, whole))
 
 

@@ -50,15 +50,15 @@ class Figure:
 
 _DATA = "measured, docs/data.md"
 FIGURES = {
-    "download": Figure(1_300, "pictures/s a machine", "cited: img2dataset's README"),
+    "download": Figure(1_300, "pictures/s a machine", "cited: img2dataset"),
     "picture_bytes": Figure(82e3, "bytes a picture, shorter side 512 px", _DATA),
     "index": Figure(6_260, "samples/s a core", _DATA),
     "decode": Figure(653, "pictures/s a core, shorter side 512 px", _DATA),
     "loader": Figure(43_700, "latents/s a core", _DATA),
     "encode_share": Figure(0.4, "of the GPU's peak", "assumed; not measured yet"),
     "draw_share": Figure(0.25, "of the GPU's peak", "assumed; not measured yet"),
-    "train_256": Figure(137.5, "img/s an A100, 256 px", "cited: mosaicml/diffusion's README"),
-    "train_512": Figure(36.3, "img/s an A100, 512 px", "cited: mosaicml/diffusion's README"),
+    "train_256": Figure(137.5, "img/s an A100, 256 px", "cited: mosaicml/diffusion"),
+    "train_512": Figure(36.3, "img/s an A100, 512 px", "cited: mosaicml/diffusion"),
     "train_512_h100": Figure(137.0, "img/s an H100, 512 px", "cited: MLPerf Training 4.1, SD2"),
 }
 

@@ -6,6 +6,7 @@ step's, so gradients are summed over ranks, not averaged.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,16 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+    SavePlan,
+    SavePlanner,
+)
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -28,6 +37,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from latentdiff.configtraining import ParallelConfig
@@ -35,7 +45,7 @@ from latentdiff.devices import resolve_device
 
 Mode = Literal["none", "ddp", "fsdp"]
 
-_AFTER_THE_WATCHDOG = timedelta(minutes=5)  # which can name the rank that does not come
+_PATIENCE = timedelta(hours=2)  # longer than the watchdog's, which can name who does not come
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ def join(device: str, parallel: ParallelConfig) -> World:
 
     Args:
         device: `auto`, `cpu`, `cuda` (each rank takes its own GPU), or a device by name.
-        parallel: mode, and how long a collective operation may take.
+        parallel: mode, and after how long a rank has stalled.
 
     Raises:
         ValueError: no such device, a mode that does not fit the number of ranks, or an environment
@@ -125,7 +135,7 @@ def join(device: str, parallel: ParallelConfig) -> World:
         torch.cuda.set_device(found)
     if num_ranks == 1 and "RANK" not in os.environ and parallel.mode != "fsdp":
         return World(found)
-    timeout = timedelta(seconds=parallel.timeout_s) + _AFTER_THE_WATCHDOG
+    timeout = timedelta(seconds=parallel.timeout_s) + _PATIENCE
     if "RANK" in os.environ or num_ranks > 1:
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise ValueError(
@@ -134,6 +144,9 @@ def join(device: str, parallel: ParallelConfig) -> World:
             )
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks))
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        # torchrun keeps one store over its restarts: addresses of ranks that are gone stay in it
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start-{start}", store)
     else:
         store = dist.HashStore()  # sharding over one process
     dist.init_process_group(
@@ -253,10 +266,11 @@ def save_shards(directory: Path, tensors: Mapping[str, Tensor], world: World) ->
     Raises:
         OSError: it cannot be written; the same on all ranks.
     """
-    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    writer = _ShardWriter(str(directory), save_distributed=True)
     alone = world._control is None
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    dcp.save(plain, storage_writer=writer, process_group=world._control, no_dist=alone)
+    with _as_os_error():
+        dcp.save(plain, storage_writer=writer, process_group=world._control, no_dist=alone)
 
 
 def load_shards(directory: Path, tensors: Mapping[str, Tensor], world: World) -> None:
@@ -267,7 +281,44 @@ def load_shards(directory: Path, tensors: Mapping[str, Tensor], world: World) ->
     """
     reader = HuggingFaceStorageReader(str(directory))
     alone = world._control is None
-    dcp.load(dict(tensors), storage_reader=reader, process_group=world._control, no_dist=alone)
+    with _as_os_error():
+        dcp.load(dict(tensors), storage_reader=reader, process_group=world._control, no_dist=alone)
+
+
+class _ShardWriter(HuggingFaceStorageWriter):
+    """Its base's format, streamed to the file: the training goes on in other threads meanwhile.
+
+    The base makes all bytes in memory first, a second copy, and holds the interpreter's lock.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        tensors: dict[str, Tensor] = {}
+        places: dict[str, dict[str, list[int]]] = {}
+        results: list[WriteResult] = []
+        for item in plan.items:
+            name, tensor = item.index.fqn, planner.resolve_data(item)
+            assert isinstance(tensor, Tensor) and item.tensor_data is not None, name
+            tensors[name] = tensor.detach().cpu().contiguous()
+            places[name] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+            results.append(WriteResult(item.index, tensor.nbytes, None))
+        if tensors:
+            path = Path(self.path) / f"shard-{plan.storage_data['shard_index']:05d}.safetensors"
+            save_file(tensors, path, {"DCP_SHARDING_INFO": json.dumps(places), "format": "pt"})
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Turn torch's own exception, which is no Exception, into the errors of the ranks."""
+    try:
+        yield
+    except CheckpointException as error:
+        told = "; ".join(f"rank {rank}: {found[0]}" for rank, found in error.failures.items())
+        raise OSError(told) from error
 
 
 def _shard(

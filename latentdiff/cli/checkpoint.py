@@ -1,24 +1,24 @@
-"""What does `latentdiff checkpoint` do: say what is in checkpoints, and whether it is whole."""
+"""What does `latentdiff checkpoint` do: say what is in checkpoints, make models of them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from latentdiff.training.inspecting import Inspection
 
-app = typer.Typer(no_args_is_help=True, help="Look into checkpoints.")
+app = typer.Typer(no_args_is_help=True, help="Look into checkpoints, make models of them.")
 _NAMES = {"model": "weights", "ema": "EMA", "optimizer": "optimiser"}
 
 
 @app.callback()
 def _root() -> None:
-    """Look into checkpoints."""
+    """Look into checkpoints, make models of them."""
 
 
 @app.command()
@@ -46,6 +46,54 @@ def inspect(
     broken = [inspection for inspection in found if inspection.problem is not None]
     if broken and [path.resolve() for path in paths] == [directory.resolve()]:
         raise ValueError(str(broken[0].problem))
+
+
+@app.command()
+def export(
+    directory: Annotated[
+        Path, typer.Argument(help="A run's directory (its newest valid checkpoint), or one step-N.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for the model, in diffusers' layout.")],
+    step: Annotated[
+        int | None, typer.Option(help="Of a run's checkpoint. [default: newest]")
+    ] = None,
+    weights: Annotated[
+        Literal["ema", "raw"], typer.Option(help="Averaged, or as the last step left them.")
+    ] = "ema",
+    length: Annotated[
+        float | None,
+        typer.Option(help="Of the average, one that the run keeps. [default: its first]"),
+    ] = None,
+    sigma_rel: Annotated[
+        float | None,
+        typer.Option(help="Average of another length, put together from all checkpoints."),
+    ] = None,
+    dtype: Annotated[
+        Literal["fp32", "fp16"] | None, typer.Option(help="[default: the run's export_dtype]")
+    ] = None,
+) -> None:
+    """Write the model of a diffusion run's checkpoint; the run may go on meanwhile.
+
+    It takes one process and the CPU, however many ranks the run has.
+
+    Example: latentdiff checkpoint export runs/ldm_emoji --out outputs/trial --step 2000
+    """
+    from latentdiff.cli.data import _progress
+    from latentdiff.training.exporting import export_checkpoint
+
+    with _progress() as report:
+        done = export_checkpoint(
+            directory,
+            out,
+            step=step,
+            weights=weights,
+            length=length,
+            sigma_rel=sigma_rel,
+            dtype=dtype,
+            progress=report,
+        )
+    typer.echo(done.told, err=True)
+    typer.echo(done.directory)
 
 
 def _lines(inspection: Inspection) -> Iterator[str]:

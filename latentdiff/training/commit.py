@@ -56,19 +56,14 @@ def publish(root: Path, temporary: Path, step: int) -> Path:
     """Give a written directory its name; returns it.
 
     Raises:
-        OSError: it could not be renamed, and all is as before; or the pointer could not be written.
+        OSError: it could not be renamed, and after `clean` all is as before; or it has its name,
+            and the pointer could not be written.
     """
     final = root / f"step-{step}"
-    aside = root / f"{_ASIDE}{final.name}"
     fsync(temporary)
-    if is_replaced := final.exists():
-        final.rename(aside)
-    try:
-        temporary.rename(final)
-    except OSError:
-        if is_replaced:
-            aside.rename(final)
-        raise
+    if final.exists():
+        final.rename(root / f"{_ASIDE}{final.name}")
+    temporary.rename(final)
     fsync(root)
     write(root / f"{_TEMPORARY}{LATEST}", final.name).rename(root / LATEST)
     fsync(root)

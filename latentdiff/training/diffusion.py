@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -106,7 +106,6 @@ def _train(
             "optimizer": optimizer_tensors(optimizer, weights),
             "ema": ema.tensors(),
             "health": health.tensors(),
-            "meters": meter.tensors(),
         }
 
     step = 0
@@ -116,6 +115,8 @@ def _train(
         check_words(checkpoint, trainee.words)
         for name, tensors in groups().items():
             checkpoint.restore(name, tensors)
+        with suppress(ValueError):  # other bins than then: all that is lost is a mean in the log
+            checkpoint.restore("meters", meter.tensors())
         reshard(network)
     cache = None
     if config.cache_latents:
@@ -124,7 +125,7 @@ def _train(
     pace = Pace(world, step, *_flops(config, world))
     agreement = Agreement(world, requests)
 
-    stopped, saved = False, step
+    stopped, saved, first = False, step, step
     with ExitStack() as stack:
         stack.callback(checkpoints.close)
         log = stack.enter_context(
@@ -152,7 +153,8 @@ def _train(
                 "config": config.model_dump(mode="json"),
             }
             try:
-                checkpoints.save(step, groups(), state, metric, is_last)
+                tensors = groups() | {"meters": meter.tensors()}
+                checkpoints.save(step, tensors, state, metric, is_last)
             except OSError as error:
                 raise RunEnded(SAVE_FAILED, str(error)) from error
 
@@ -163,7 +165,7 @@ def _train(
             if micros is None:
                 stopped = True
                 break
-            watchdog.at("step", step + 1, None if step > saved else LONG_S)
+            watchdog.at("step", step + 1, LONG_S if step == first else None)  # it may compile
             meter.begin_step()
             for i, micro in enumerate(micros):
                 seed_dropout(config.seed, micro.positions[0])
@@ -184,6 +186,7 @@ def _train(
             stopped = agreement.at_boundary()
 
             if is_logged:
+                sum_accounts(feed.account, world, config.data.max_bad_rate)
                 scalars = meter.read(world)
                 scalars |= {"grad_norm": norm.item(), "lr": rate}
                 scalars["update_ratio"] = update_ratio(before, weights.values(), world).item()
@@ -192,7 +195,7 @@ def _train(
             if is_logged or trainee.home.type == "cpu":
                 health.check(step)
             metric = None
-            if looks.is_due(step):
+            if looks.is_due(step) and not stopped:  # who is asked to stop has little time
                 with pace.paused(), averaged(ema, network):
                     metric = looks.look(step, log)
             is_last = step == loop.num_steps

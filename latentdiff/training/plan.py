@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -133,12 +134,8 @@ class Plan:
 
     @property
     def sample_flops(self) -> int:
-        """Of one sample's training step: three forward passes of what is trained, one of the rest.
-
-        What activation checkpointing does again does not count: it is the denominator of MFU.
-        """
-        trained = sum(part.forward_flops for part in self.parts if part.is_trained)
-        return training_flops(trained, sum(p.forward_flops for p in self.parts if not p.is_trained))
+        """Of one sample's training step: see the function of this name."""
+        return _training_flops(self.parts)
 
     @property
     def step_flops(self) -> int:
@@ -149,6 +146,20 @@ class Plan:
     def num_samples(self) -> int:
         """That the run trains on, repeats included."""
         return self.config.loop.num_steps * self.config.loop.batch_size
+
+
+def sample_flops(config: DiffusionRun) -> int:
+    """Operations of one sample's training step, the denominator of MFU.
+
+    Three forward passes of what is trained, one of the rest; what activation checkpointing does
+    again does not count.
+
+    Raises:
+        ValueError: the shape of a part cannot be known.
+    """
+    with without_weights():
+        shapes = shapes_of(config)
+        return _training_flops(_parts(config, shapes, _latent(config, shapes)))
 
 
 def make_plan(config: DiffusionRun, num_ranks: int = 1) -> Plan:
@@ -163,8 +174,7 @@ def make_plan(config: DiffusionRun, num_ranks: int = 1) -> Plan:
     micro_batch = loop.batch_size // (num_ranks * loop.accumulation)
     with without_weights():
         shapes = shapes_of(config)
-        side = config.data.output_px // shapes.autoencoder.downscale
-        latent = (shapes.autoencoder.latent_channels, side, side)
+        latent = _latent(config, shapes)
         parts = _parts(config, shapes, latent)
         lines = _lines(config, shapes, latent, micro_batch)
         trained, blocks = _trained(config, shapes)
@@ -261,6 +271,21 @@ def _parts(config: DiffusionRun, shapes: Shapes, latent: tuple[int, int, int]) -
             flops = forward_flops(shapes.autoencoder, image, call=lambda a, x: a.moments(x))
         parts.append(Part("autoencoder", _count(shapes.autoencoder), False, flops))
     return tuple(parts)
+
+
+def _training_flops(parts: Iterable[Part]) -> int:
+    trained, frozen = 0, 0
+    for part in parts:
+        if part.is_trained:
+            trained += part.forward_flops
+        else:
+            frozen += part.forward_flops
+    return training_flops(trained, frozen)
+
+
+def _latent(config: DiffusionRun, shapes: Shapes) -> tuple[int, int, int]:
+    side = config.data.output_px // shapes.autoencoder.downscale
+    return shapes.autoencoder.latent_channels, side, side
 
 
 def _lines(

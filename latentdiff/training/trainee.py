@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from latentdiff.text import save_tokenizer, train_tokenizer
 from latentdiff.training.captions import vocabulary_captions
 from latentdiff.training.checkpoint import Checkpoint
 from latentdiff.training.denoising import Denoising
+
+VOCABULARY = "tokenizer"  # where a run directory has the one that the run learned
+EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,8 @@ def new_trainee(config: DiffusionRun, loader: Loader, world: World, *, anew: boo
     Raises:
         ValueError: parts that do not fit each other, the data or the export.
     """
-    config = _with_vocabulary(config, loader, world, anew)
-    torch.manual_seed(config.seed)  # the same first weights on all ranks
-    model = Pipeline.new(config).to(world.device)
+    config = _learn_vocabulary(config, loader, world, anew)
+    model = first_model(config).to(world.device)
     _check(model, loader, config)
     model.autoencoder.eval().requires_grad_(False)
     model.unet.train()
@@ -83,6 +86,47 @@ def new_trainee(config: DiffusionRun, loader: Loader, world: World, *, anew: boo
     shared = wrap(network, blocks, config.parallel, config.loop.precision, world)
     weights = {name: w for name, w in network.named_parameters() if w.requires_grad}
     return Trainee(model, shared, weights, config)
+
+
+def first_model(config: DiffusionRun) -> Pipeline:
+    """A run's model on the host before its first step: the same on all ranks and at the export.
+
+    Args:
+        config: the run, with the vocabulary's place in it.
+    """
+    torch.manual_seed(config.seed)
+    return Pipeline.new(config)
+
+
+@torch.no_grad()
+def fill(model: Pipeline, config: DiffusionRun, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Give a run's `first_model` what was trained; what was not stays as it is.
+
+    Args:
+        model: on the host.
+        config: the run.
+        weights: (name, whole tensor) of all that is trained, named as `Trainee.weights` names it;
+            one at a time is in memory, if they come so.
+
+    Raises:
+        ValueError: they are another model's.
+    """
+    text = model.text if config.train_text else None
+    left = dict(Denoising(model.unet, text, channels_last=False).named_parameters())
+    for name, weight in weights:
+        if name not in left or left[name].shape != weight.shape:
+            found = tuple(left[name].shape) if name in left else "none"
+            raise ValueError(
+                f"the weights are not those of the config's model: {name} is "
+                f"{tuple(weight.shape)}, expected {found}; use the version of latentdiff, the "
+                "pretrained parts and the vocabulary that they were trained with"
+            )
+        left.pop(name).copy_(weight)
+    if left:
+        raise ValueError(
+            f"the weights are not all of the config's model: {len(left)} are missing, such as "
+            f"{next(iter(left))}; use the version of latentdiff that they were trained with"
+        )
 
 
 def check_words(checkpoint: Checkpoint, words: str | None) -> None:
@@ -106,7 +150,7 @@ def export(trainee: Trainee, world: World) -> Path:
     if any(is_sharded(weight) for weight in trainee.weights.values()):
         model = _put_together(trainee, world)
     if world.is_first:
-        model.save(target, torch.float16 if config.export_dtype == "fp16" else torch.float32)
+        model.save(target, EXPORT_DTYPES[config.export_dtype])
     world.barrier()
     return target
 
@@ -120,28 +164,39 @@ def _put_together(trainee: Trainee, world: World) -> Pipeline:
             tensors[name] = full.cpu()
     if not world.is_first:
         return trainee.model
-    model = Pipeline.new(trainee.config)
-    parts = Denoising(model.unet, model.text, channels_last=False)
-    with torch.no_grad():
-        for name, weight in parts.named_parameters():
-            if name in tensors:
-                weight.copy_(tensors[name])
+    model = first_model(trainee.config)
+    fill(model, trainee.config, tensors.items())
     return model
 
 
-def _with_vocabulary(
+def learns_vocabulary(config: DiffusionRun) -> bool:
+    """Whether a run makes its vocabulary itself, from its captions."""
+    text = config.text
+    return (
+        config.init_from is None
+        and isinstance(text, SmallTextConfig)
+        and text.pretrained is None
+        and text.tokenizer.pretrained is None
+    )
+
+
+def with_vocabulary(config: DiffusionRun, place: Path) -> DiffusionRun:
+    """A run that learned its vocabulary, as one that is given it."""
+    text = config.text
+    assert isinstance(text, SmallTextConfig)
+    tokenizer = text.tokenizer.model_copy(update={"pretrained": str(place)})
+    return config.model_copy(update={"text": text.model_copy(update={"tokenizer": tokenizer})})
+
+
+def _learn_vocabulary(
     config: DiffusionRun, loader: Loader, world: World, anew: bool
 ) -> DiffusionRun:
     """The run with a vocabulary: learned by the first rank, once, and kept in the run directory."""
     text = config.text
-    if (
-        config.init_from is not None
-        or not isinstance(text, SmallTextConfig)
-        or text.pretrained is not None
-        or text.tokenizer.pretrained is not None
-    ):
+    if not learns_vocabulary(config):
         return config
-    place = Path(config.out) / "tokenizer"
+    assert isinstance(text, SmallTextConfig)
+    place = Path(config.out) / VOCABULARY
     if world.is_first and (anew or not place.is_dir()):
         words = train_tokenizer(
             vocabulary_captions(loader), text.tokenizer.vocab_size, text.context_length
@@ -149,8 +204,7 @@ def _with_vocabulary(
         with staged(place) as partial:
             save_tokenizer(words, partial)
     world.barrier()
-    tokenizer = text.tokenizer.model_copy(update={"pretrained": str(place)})
-    return config.model_copy(update={"text": text.model_copy(update={"tokenizer": tokenizer})})
+    return with_vocabulary(config, place)
 
 
 def _blocks(model: Pipeline, with_text: bool) -> list[nn.Module]:

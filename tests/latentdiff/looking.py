@@ -58,8 +58,9 @@ def trainee(config: DiffusionRun, world: World = ONE) -> Trainee:
     """The run's model, whose first weights are not all but zero at its end."""
     found = new_trainee(config, Loader(config.data, 0, 1), world, anew=False)
     with torch.no_grad():
-        for i, weight in enumerate(found.weights.values()):
-            weight.mul_(1 + 0.3 * (i % 3))
+        for name, weight in found.weights.items():
+            if name.startswith("unet."):  # the text tower is not always among them
+                weight.mul_(1 + 0.3 * (len(name) % 3))
     return found
 
 
