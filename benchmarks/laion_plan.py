@@ -4,218 +4,37 @@
     python benchmarks/laion_plan.py --out docs       ... between the markers of docs/laion_scale.md
     python benchmarks/laion_plan.py --urls 2e9 --gpus 256 --gpu-hour 3.5
 
-Every figure comes from FIGURES, from the shipped configs or from what `latentdiff train --dry-run`
-works out; the plan is arithmetic on them. Prices and shares are assumptions and options.
+Every figure comes from FIGURES in laion_arithmetic.py, from the shipped configs or from what
+`latentdiff train --dry-run` works out; the plan is arithmetic on them. Prices and shares are
+assumptions and options.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import fields
 from pathlib import Path
 
-import torch
+from laion_arithmetic import (
+    FIGURES,
+    HOUR_S,
+    PEAK_TFLOPS,
+    Stage,
+    Wanted,
+    count_text,
+    encoder_flops,
+    latent_bytes,
+    make_plans,
+    stages,
+    train_speed,
+    training_line,
+)
 
-from latentdiff.config import DiffusionRun, load
-from latentdiff.flops import forward_flops
-from latentdiff.training.plan import Plan, make_plan
-from vae.autoencoder import Autoencoder
-from vae.config import KLConfig
+from latentdiff.training.dryrun import way_name
+from latentdiff.training.plan import Plan
 
-BEGIN, END = "<!-- begin: laion_plan.py -->", "<!-- end: laion_plan.py -->"
-PAGE = "laion_scale.md"
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4}  # dense bf16, the vendor's data sheets
-CONFIGS = ("sd15_256", "sd15_512", "sd2_v_768")
-_TAR_BLOCK, _NPY_HEADER = 512, 128
-_HOUR_S = 3_600
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A number that the plan starts from.
-
-    Attributes:
-        value: the number.
-        unit: of it.
-        source: measured, cited or assumed, and where.
-    """
-
-    value: float
-    unit: str
-    source: str
-
-
-_DATA = "measured, docs/data.md"
-FIGURES = {
-    "download": Figure(1_300, "pictures/s a machine", "cited: img2dataset"),
-    "picture_bytes": Figure(82e3, "bytes a picture, shorter side 512 px", _DATA),
-    "index": Figure(6_260, "samples/s a core", _DATA),
-    "decode": Figure(653, "pictures/s a core, shorter side 512 px", _DATA),
-    "loader": Figure(43_700, "latents/s a core", _DATA),
-    "encode_share": Figure(0.4, "of the GPU's peak", "assumed; not measured yet"),
-    "draw_share": Figure(0.25, "of the GPU's peak", "assumed; not measured yet"),
-    "train_256": Figure(137.5, "img/s an A100, 256 px", "cited: mosaicml/diffusion"),
-    "train_512": Figure(36.3, "img/s an A100, 512 px", "cited: mosaicml/diffusion"),
-    "train_512_h100": Figure(137.0, "img/s an H100, 512 px", "cited: MLPerf Training 4.1, SD2"),
-}
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is asked for; shares and prices are assumptions.
-
-    Attributes:
-        urls: pairs of URL and caption.
-        fetched: share of them that still yields a picture.
-        kept: share of the pictures that selection and de-duplication leave.
-        machines: that download.
-        cores: of one of them.
-        gpus: that encode and train.
-        gpu: A100 or H100.
-        gpu_hour: dollars.
-        machine_hour: dollars, of a machine without a GPU.
-        tb_month: dollars, of 10^12 bytes in an object store.
-    """
-
-    urls: float = 1e9
-    fetched: float = 0.7
-    kept: float = 0.25
-    machines: int = 20
-    cores: int = 16
-    gpus: int = 64
-    gpu: str = "A100"
-    gpu_hour: float = 2.0
-    machine_hour: float = 0.8
-    tb_month: float = 20.0
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of the plan.
-
-    Attributes:
-        name: what is done.
-        command: that does it.
-        amount: how much of what.
-        hours: of the clock.
-        gpu_hours: of all GPUs together.
-        machine_hours: of all machines without one.
-        stored_tb: what it leaves in the store.
-    """
-
-    name: str
-    command: str
-    amount: str
-    hours: float
-    gpu_hours: float = 0.0
-    machine_hours: float = 0.0
-    stored_tb: float = 0.0
-
-
-def latent_bytes(size_px: int, caption_bytes: int = 60, num_ids: int | None = 77) -> int:
-    """A sample of a tar of latents: header and padded content of each member."""
-    side = size_px // 8
-    members = [_NPY_HEADER + 2 * 2 * 4 * side * side, caption_bytes, 400]  # float16; .txt; .json
-    if num_ids is not None:
-        members.append(_NPY_HEADER + 4 * num_ids)
-    return sum(_TAR_BLOCK + _TAR_BLOCK * math.ceil(size / _TAR_BLOCK) for size in members)
-
-
-def train_speed(plans: Mapping[str, Plan], name: str, gpu: str) -> tuple[float, str]:
-    """(img/s of one GPU, where that comes from) for a run from stored latents.
-
-    The cited speed of its resolution and GPU; what is not cited is scaled from what is: another
-    resolution or network by operations a sample, another GPU by its peak.
-    """
-    is_small = plans[name].config.data.output_px <= 256
-    model = "sd15_256" if is_small else "sd15_512"  # whose work the cited speed is of
-    figure, of_gpu = FIGURES["train_256" if is_small else "train_512"], "A100"
-    if gpu == "H100" and not is_small:
-        figure, of_gpu = FIGURES["train_512_h100"], "H100"
-    speed, how = figure.value, figure.source
-    if name != model:
-        speed *= plans[model].sample_flops / plans[name].sample_flops
-        how += ", by operations a sample"
-    if of_gpu != gpu:
-        speed *= PEAK_TFLOPS[gpu] / PEAK_TFLOPS[of_gpu]
-        how += ", by the GPU's peak"
-    return speed, how
-
-
-def training_line(plans: Mapping[str, Plan], name: str, gpu: str = "A100") -> str:
-    """What a config's header says of its time."""
-    speed, how = train_speed(plans, name, gpu)
-    hours = plans[name].num_samples / (plans[name].num_ranks * speed) / _HOUR_S
-    return (
-        f"{hours:.0f} h on {plans[name].num_ranks} {gpu} at {speed:.1f} img/s each ({how}): "
-        f"{hours * plans[name].num_ranks:,.0f} GPU-hours"
-    )
-
-
-def stages(wanted: Wanted, plans: Mapping[str, Plan]) -> list[Stage]:
-    """The plan, in order."""
-    value = {name: figure.value for name, figure in FIGURES.items()}
-    peak = PEAK_TFLOPS[wanted.gpu] * 1e12
-    pictures = wanted.urls * wanted.fetched
-    chosen = pictures * wanted.kept
-    cores = wanted.machines * wanted.cores
-
-    download = wanted.urls / (value["download"] * wanted.machines) / _HOUR_S
-    index = pictures / (value["index"] * cores) / _HOUR_S
-    found = [
-        Stage(
-            "download", "img2dataset", f"{_count(wanted.urls)} URLs", download,
-            machine_hours=download * wanted.machines,
-            stored_tb=pictures * value["picture_bytes"] / 1e12,
-        ),
-        Stage(
-            "index", "latentdiff data index", f"{_count(pictures)} pictures", index,
-            machine_hours=index * wanted.machines,
-        ),
-    ]  # fmt: skip
-    for name in ("sd15_256", "sd15_512"):
-        plan, size = plans[name], plans[name].config.data.output_px
-        flops = _encoder_flops(size)
-        hours = chosen * flops / (value["encode_share"] * peak * wanted.gpus) / _HOUR_S
-        found.append(
-            Stage(
-                f"precompute, {size} px", "latentdiff data precompute",
-                f"{_count(chosen)} pictures", hours, gpu_hours=hours * wanted.gpus,
-                stored_tb=chosen * latent_bytes(size) / 1e12,
-            )
-        )  # fmt: skip
-    for name in ("sd15_256", "sd15_512"):
-        plan = plans[name]
-        speed, _ = train_speed(plans, name, wanted.gpu)
-        hours = plan.num_samples / (speed * wanted.gpus) / _HOUR_S
-        found.append(
-            Stage(
-                f"train, {plan.config.data.output_px} px",
-                f"latentdiff train --config {name}",
-                f"{_count(plan.num_samples)} samples = {plan.num_samples / chosen:.1f} epochs",
-                hours, gpu_hours=hours * wanted.gpus, stored_tb=_kept_tb(plan),
-            )
-        )  # fmt: skip
-    plan = plans["sd15_512"]
-    images, steps = 10_000, plan.config.samples.num_steps
-    forward = next(part.forward_flops for part in plan.parts if part.name == "unet")
-    hours = images * steps * 2 * forward / (value["draw_share"] * peak * wanted.gpus) / _HOUR_S
-    times = sum(
-        plans[n].config.loop.num_steps // e.every
-        for n in ("sd15_256", "sd15_512")
-        if (e := plans[n].config.evaluation) is not None
-    )
-    found.append(
-        Stage(
-            "evaluate", "in the run", f"{times} x {_count(images)} pictures of {steps} steps",
-            times * hours, gpu_hours=times * hours * wanted.gpus,
-        )
-    )  # fmt: skip
-    found.append(Stage("export", "in the run", "1 model", 0.0, stored_tb=plan.export_bytes / 1e12))
-    return found
+PLAN, MEMORY = ("laion_scale.md", "laion_plan.py"), ("training.md", "memory")  # page, its marker
 
 
 def plan_text(wanted: Wanted, plans: Mapping[str, Plan]) -> str:
@@ -223,7 +42,7 @@ def plan_text(wanted: Wanted, plans: Mapping[str, Plan]) -> str:
     found = stages(wanted, plans)
     return "\n".join(
         [*_figures(), "", *_assumed(wanted), "", *_stage_table(wanted, found), "",
-         *_needs(wanted, plans), "", *_config_table(wanted, plans)]
+         *_needs(wanted, plans), "", *_config_table(wanted, plans), "", *_losses(wanted, plans)]
     )  # fmt: skip
 
 
@@ -236,7 +55,7 @@ def _figures() -> Iterator[str]:
 
 def _assumed(wanted: Wanted) -> Iterator[str]:
     yield (
-        f"Assumed, and options of the command: {_count(wanted.urls)} URLs, of which "
+        f"Assumed, and options of the command: {count_text(wanted.urls)} URLs, of which "
         f"{wanted.fetched:.0%} still answer; selection and de-duplication keep "
         f"{wanted.kept:.0%} of the pictures; "
         f"{wanted.machines} machines of {wanted.cores} cores, {wanted.gpus} {wanted.gpu}; "
@@ -272,7 +91,7 @@ def _needs(wanted: Wanted, plans: Mapping[str, Plan]) -> Iterator[str]:
     yield "| what must keep up | needed | cores |"
     yield "| --- | ---: | ---: |"
     for size in (256, 512):
-        rate = value["encode_share"] * peak / _encoder_flops(size)
+        rate = value["encode_share"] * peak / encoder_flops(size)
         yield (
             f"| decoding for one {wanted.gpu} that encodes {size} px | {rate:,.0f} pictures/s | "
             f"{rate / value['decode']:.1f} |"
@@ -296,34 +115,49 @@ def _config_table(wanted: Wanted, plans: Mapping[str, Plan]) -> Iterator[str]:
     yield "| --- | ---: | ---: | ---: | ---: | ---: |"
     for name, plan in plans.items():
         speed, _ = train_speed(plans, name, wanted.gpu)
-        hours = plan.num_samples / speed / _HOUR_S
+        hours = plan.num_samples / speed / HOUR_S
         yield (
-            f"| {name} | {_count(plan.num_samples)} | {speed:.1f} | {hours:,.0f} | "
+            f"| {name} | {count_text(plan.num_samples)} | {speed:.1f} | {hours:,.0f} | "
             f"{_clock(hours / wanted.gpus)} | {plan.memory.total / 1e9:.0f} GB, {plan.way.mode}, "
             f"{plan.micro_batch} at a time |"
         )
 
 
-@cache
-def _encoder_flops(size_px: int) -> int:
-    """KL-f8's encoder on one picture."""
-    with torch.device("meta"):
-        autoencoder = Autoencoder.build(KLConfig())
-        image = torch.empty(1, 3, size_px, size_px)
-    return forward_flops(autoencoder, image, call=lambda encoder, x: encoder.moments(x))
+def _losses(wanted: Wanted, plans: Mapping[str, Plan]) -> Iterator[str]:
+    """What a kill costs, what ranks tell each other, why text is stored as ids."""
+    minutes = []
+    for name in ("sd15_256", "sd15_512"):
+        loop, (speed, _) = plans[name].config.loop, train_speed(plans, name, wanted.gpu)
+        seconds = loop.checkpoint_every * loop.batch_size / (speed * wanted.gpus)
+        minutes.append(f"{seconds / 60:.0f} min at {plans[name].config.data.output_px} px")
+    plan = plans["sd15_256"]
+    text = next(part.forward_flops for part in plan.parts if part.name == "text")
+    embedding = 2 * 77 * 768
+    yield (
+        f"A kill loses at most {loop.checkpoint_every:,} steps: {' and '.join(minutes)}. With ddp "
+        f"a rank sums {4 * plan.trained / 1e9:.1f} GB of gradients with the others in every step. "
+        f"Stored text embeddings (77 x 768, float16) would be {embedding / 1e3:.0f} kB a sample, "
+        f"{embedding / (2 * 4 * 32 * 32 * 2):.0f} times the moments of a 256 px latent; the text "
+        f"tower, which ids need, is {text / plan.sample_flops:.1%} of a step at 256 px."
+    )
 
 
-def _kept_tb(plan: Plan) -> float:
-    loop = plan.config.loop
-    kept = loop.keep_checkpoints + 1 + (loop.num_steps // loop.keep_every if loop.keep_every else 0)
-    return kept * plan.checkpoint_bytes / 1e12
-
-
-def _count(number: float) -> str:
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:g}"
+def memory_text(plans: Mapping[str, Plan]) -> str:
+    """What a rank of SD 1.x needs, by the way that ranks share the work."""
+    small, large = plans["sd15_256"], plans["sd15_512"]
+    batch = small.micro_batch
+    lines = [
+        f"| a rank, SD 1.x | 256 px, {batch} at a time | most in 24 GB | 512 px, {batch} at a time "
+        "| most in 24 GB |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for one, other in zip(small.ways, large.ways, strict=True):
+        cells = []
+        for way in (one, other):
+            most = way.largest(24e9)
+            cells += [f"{way.memory(batch).total / 1e9:.1f} GB", f"{most:,}" if most else "none"]
+        lines.append(f"| {way_name(one)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _clock(hours: float) -> str:
@@ -334,33 +168,24 @@ def _stored(terabytes: float) -> str:
     return f"{terabytes:,.1f} TB" if terabytes >= 1 else f"{1e3 * terabytes:,.0f} GB"
 
 
-def make_plans(gpus: int) -> dict[str, Plan]:
-    """The shipped configs' own needs."""
-    plans = {}
-    for name in CONFIGS:
-        config = load(name)
-        assert isinstance(config, DiffusionRun)
-        plans[name] = make_plan(config, gpus)
-    return plans
-
-
-def write_between(page: Path, text: str) -> None:
+def write_between(page: Path, marker: str, text: str) -> None:
     """Put `text` between the markers of a page; the rest of it stays.
 
     Raises:
         ValueError: the page has no markers.
     """
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} has no line {BEGIN!r} followed by {END!r}; add them")
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    begin, end = f"<!-- begin: {marker} -->", f"<!-- end: {marker} -->"
+    before, found_begin, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"{page} has no line {begin!r} followed by {end!r}; add them")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="The arithmetic of a LAION-scale run.")
-    parser.add_argument("--out", type=Path, help=f"folder of {PAGE}")
+    parser.add_argument("--out", type=Path, help=f"folder of {PLAN[0]} and {MEMORY[0]}")
     for field in fields(Wanted):
         kind, default = type(field.default), field.default
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=default)
@@ -368,10 +193,11 @@ def main() -> None:
     out = values.pop("out")
     wanted = Wanted(**values)
     plans = make_plans(wanted.gpus)
-    text = plan_text(wanted, plans)
+    text, memory = plan_text(wanted, plans), memory_text(plans)
     if out is not None:
-        write_between(out / PAGE, text)
-    print(text)
+        for (page, marker), tables in ((PLAN, text), (MEMORY, memory)):
+            write_between(out / page, marker, tables)
+    print(text, memory, sep="\n\n", end="\n\n")
     for name in plans:
         print(f"{name}: {training_line(plans, name, wanted.gpu)}")
 

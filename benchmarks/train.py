@@ -29,13 +29,14 @@ from typing import Any
 import torch
 from train_loop import overhead
 from train_made import SIZES, Made, Size, make
-from train_race import race, short
+from train_race import clock, race, short
 from train_report import read_numbers, write_report
 from train_steps import Options, OurStep, PlainStep, ScriptStep, Step
 
 from latentdiff.cli import quiet_libraries
 from latentdiff.devices import autocast, resolve_device
 from latentdiff.flops import device_peak_tflops, forward_flops, training_flops
+from latentdiff.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
 PEERS = ("torch", "diffusers", "transformers")
@@ -152,8 +153,7 @@ def batches(made: Made, plan: Plan) -> dict[str, Any]:
 
 def loop(made: Made, plan: Plan) -> dict[str, Any]:
     """The trainer beside the bare step, with averages at every step and at every tenth."""
-    step_s = 1e-3 if plan.seconds < 0.1 else 0.3
-    steps = max(2, round(plan.seconds / step_s))
+    steps = 2 if plan.rounds == 1 else 25
     found = {}
     for name, every in (("EMA at every step", 1), ("EMA every 10 steps", 10)):
         if plan.is_over:
@@ -168,8 +168,7 @@ PARTS: Mapping[str, Part] = {"peers": peers, "loop": loop, "levers": levers, "ba
 
 def work(made: Made, plan: Plan) -> dict[str, Any]:
     """FLOPs of a sample's training, and the device's peak, for MFU."""
-    trainee = OurStep(made, Options({"loop.precision": "fp32"})).trainee
-    model, size = trainee.model, made.size
+    model, size = Pipeline.load(made.model), made.size
     side = size.size_px // model.autoencoder.downscale
     assert model.text is not None
     noisy = torch.zeros(1, model.autoencoder.latent_channels, side, side)
@@ -179,6 +178,7 @@ def work(made: Made, plan: Plan) -> dict[str, Any]:
     precision = "bf16" if plan.precision == "bf16" else "fp32"
     peak = device_peak_tflops(made.device, precision)
     return {
+        "device": made.device.type,
         "size": size.about,
         "size_px": size.size_px,
         "batch_size": size.batch_size,
@@ -195,10 +195,10 @@ def matmul_tflops(device: torch.device, precision: str) -> float:
     side, best = (8192 if device.type == "cuda" else 1024), 0.0
     one, other = (torch.randn(side, side, device=device) for _ in range(2))
     for _ in range(5):
-        began = time.perf_counter()
+        began = clock(device)
         with autocast(device, precision):
             (one @ other)[0, 0].item()
-        best = max(best, 2 * side**3 / (time.perf_counter() - began))
+        best = max(best, 2 * side**3 / (clock(device) - began))
     return best / 1e12
 
 

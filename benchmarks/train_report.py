@@ -46,6 +46,8 @@ def markdown(numbers: Numbers) -> str:
 
 
 def _work(work: Numbers) -> str:
+    is_cpu = work["device"] == "cpu"
+    seconds = " Seconds are of the processor, one thread." if is_cpu else ""
     peak = "the rate of a large matrix product here" if work["peak_is_measured"] else "dense peak"
     return (
         f"{work['size']}: a U-Net of {work['parameters'] / 1e6:,.1f} million weights, "
@@ -53,7 +55,7 @@ def _work(work: Numbers) -> str:
         f"{work['training_gflop']:,} to train on a sample (three times the U-Net, and the text "
         f"tower once). MFU is of {work['peak_tflops']:g} TFLOP/s, {peak}. "
         f"{work['batch_size']} samples a step, unless it says otherwise; all ways in turns, "
-        "medians of the rounds."
+        f"medians of the rounds.{seconds}"
     )
 
 
@@ -116,19 +118,31 @@ def _loop(part: Numbers) -> Iterator[str]:
     yield (
         "`train_diffusion` itself (feed, verdict, EMA, meters, logs) beside the bare step: "
         "forward, loss, backward, AdamW on tensors that are there. "
-        f"Target: under {OVERHEAD:.0%}."
+        f"Target: under {OVERHEAD:.0%}. The thread's overhead is in processor time of the thread "
+        "that trains, without the feed's, which works beside it: on the CPU that is what counts."
     )
     yield ""
     rows = []
     for name, found in part["loops"].items():
         if "error" in found:
-            rows.append([name, found["error"], "", "", ""])
+            rows.append([name, found["error"], *[""] * 5])
             continue
-        met = "met" if found["overhead"] < OVERHEAD else "missed"
-        rows.append([name, f"{found['trainer_ms']:g}", f"{found['bare_ms']:g}",
-                     f"{found['overhead']:+.1%} ({found['low']:+.1%} to {found['high']:+.1%})",
-                     met])  # fmt: skip
-    yield from _table(["", "ms a step", "bare", "overhead (rounds)", "target"], rows)
+        counted = "busy_overhead" if part["work"]["device"] == "cpu" else "overhead"
+        met = "met" if found[counted] < OVERHEAD else "missed"
+        rows.append(
+            [
+                name,
+                f"{found['steps']}",
+                f"{found['trainer_ms']:g}",
+                f"{found['bare_ms']:g}",
+                f"{found['overhead']:+.1%} ({found['low']:+.1%} to {found['high']:+.1%})",
+                f"{found['busy_overhead']:+.1%} "
+                f"({found['busy_low']:+.1%} to {found['busy_high']:+.1%})",
+                met,
+            ]
+        )
+    head = ["", "steps a log", "ms a step", "bare", "overhead (rounds)", "the thread's", "target"]
+    yield from _table(head, rows)
 
 
 def _levers(part: Numbers) -> Iterator[str]:

@@ -106,8 +106,8 @@ class OpenCLIPTextConfig(Frozen):
     """An OpenCLIP text tower by name and weights (tag of open_clip, or a local file).
 
     Attributes:
-        skip_layers: last layers that are left out before the final norm; Stable Diffusion 2.x, which
-            takes the penultimate layer's output: 1.
+        skip_layers: last layers that are left out before the final norm: 1 for Stable Diffusion
+            2.x, which takes the penultimate layer's output.
     """
 
     kind: Literal["open_clip"] = "open_clip"

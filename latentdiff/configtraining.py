@@ -138,12 +138,15 @@ class DiffusionLoopConfig(LoopConfig):
         keep_best: the checkpoint with the lowest validation loss is kept too.
         async_save: checkpoints are written beside the training, from a copy of their own.
         log_positions: write `positions.jsonl`: what every step trained on, and its noise.
+        deterministic: algorithms that give the same bits each time, where a GPU has faster ones;
+            a CPU has no others. A resumed run then equals the uninterrupted one to the bit.
     """
 
     keep_every: int | None = Field(default=None, ge=1)
     keep_best: bool = True
     async_save: bool = True
     log_positions: bool = False
+    deterministic: bool = False
 
 
 class ParallelConfig(Frozen):
@@ -219,7 +222,8 @@ class ValidationConfig(Frozen):
     """The loss on held-out pairs: fixed noise and timesteps, so it compares weights alone.
 
     Attributes:
-        data: held-out shards, read without random crops, flips or caption choices.
+        data: held-out shards, without random crops or flips; a caption, where there are several,
+            is drawn once and for all.
         every: optimiser steps between two of them.
         num_samples: pairs, from the first on; fewer if there are no more.
         batch_size: pairs at a time on one rank.
@@ -242,8 +246,9 @@ class EvaluationConfig(Frozen):
         every: optimiser steps between two of them.
         num_images: that are drawn.
         batch_size: drawn at a time on one rank.
-        features: TorchScript file of the feature network of fid and kid: uint8 pictures
-            [b, 3, h, w] -> [b, d]; null: torchmetrics' InceptionV3, which it downloads.
+        features: the feature network of fid and kid, which need one: InceptionV3's weights as
+            torch-fidelity names them, a .safetensors file; or an image model of transformers with
+            safetensors, a directory or hub id.
         clip: directory of a transformers CLIP model, for clip_score.
     """
 

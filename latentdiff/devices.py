@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -37,6 +38,18 @@ def resolve_device(name: str) -> torch.device:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The context that networks run in: bfloat16 autocast, or nothing for fp32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def choose_algorithms(deterministic: bool) -> None:
+    """Let every operation of this process be the same to the bit each time, or the fastest one.
+
+    The fastest is found by trial for each shape. A CPU's are deterministic anyway. To be called
+    before the first operation on a GPU.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
 
 
 def cast(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:

@@ -60,12 +60,12 @@ def convert_openclip(model: Any, skip_layers: int = 0) -> TextEncoder:
             f"{type(tower).__name__} is not a plain CLIP text transformer: {problem}; "
             "choose a model with one, such as ViT-H-14"
         )
-    if skip_layers >= len(tower.transformer.resblocks):
+    num_layers = len(tower.transformer.resblocks)
+    if skip_layers >= num_layers:
         raise ValueError(
-            f"skip_layers must be below the tower's {len(tower.transformer.resblocks)} layers; got "
-            f"{skip_layers}"
+            f"skip_layers must be below the tower's {num_layers} layers; got {skip_layers}"
         )
-    blocks = tower.transformer.resblocks[: len(tower.transformer.resblocks) - skip_layers]
+    blocks = tower.transformer.resblocks[: num_layers - skip_layers]
     context, width = tower.positional_embedding.shape
     vocabulary = tower.token_embedding.weight.shape[0]
     act = blocks[0].mlp.gelu

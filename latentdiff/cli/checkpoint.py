@@ -55,21 +55,22 @@ def export(
     ],
     out: Annotated[Path, typer.Option(help="Directory for the model, in diffusers' layout.")],
     step: Annotated[
-        int | None, typer.Option(help="Of a run's checkpoint. [default: newest]")
+        int | None, typer.Option(help="Of a run's checkpoint. Default: the newest.")
     ] = None,
     weights: Annotated[
         Literal["ema", "raw"], typer.Option(help="Averaged, or as the last step left them.")
     ] = "ema",
     length: Annotated[
         float | None,
-        typer.Option(help="Of the average, one that the run keeps. [default: its first]"),
+        typer.Option(help="Of the average, one that the run keeps. Default: its first."),
     ] = None,
     sigma_rel: Annotated[
         float | None,
-        typer.Option(help="Average of another length, put together from all checkpoints."),
+        typer.Option(help="Average of any other length, put together from all checkpoints."),
     ] = None,
     dtype: Annotated[
-        Literal["fp32", "fp16"] | None, typer.Option(help="[default: the run's export_dtype]")
+        Literal["fp32", "fp16"] | None,
+        typer.Option(help="Of the weights. Default: the run's export_dtype."),
     ] = None,
 ) -> None:
     """Write the model of a diffusion run's checkpoint; the run may go on meanwhile.

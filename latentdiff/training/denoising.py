@@ -76,7 +76,8 @@ def batch_loss(
         config: the run.
     """
     objective, numbers, noise = config.objective, micro.numbers, micro.noise
-    clean = clean_latents(model.autoencoder, micro)
+    with autocast(micro.noise.device, config.loop.precision):
+        clean = clean_latents(model.autoencoder, micro)
     noisy = numbers.add_noise(clean, micro.perturbed_noise)
 
     with autocast(clean.device, config.loop.precision):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipelines.loader import Loader
 from latentdiff.config import DiffusionRun
+from latentdiff.devices import choose_algorithms
 from latentdiff.ema import Ema
 from latentdiff.exitcodes import DIVERGED, PREEMPTED, SAVE_FAILED, RunEnded
 from latentdiff.flops import device_peak_tflops
@@ -33,7 +34,7 @@ from latentdiff.training.optim import (
     optimizer_tensors,
     step_optimizer,
 )
-from latentdiff.training.plan import make_plan
+from latentdiff.training.plan import sample_flops
 from latentdiff.training.positions import PositionLog
 from latentdiff.training.preemption import Agreement, StopRequests
 from latentdiff.training.restoring import restore_loader
@@ -76,6 +77,7 @@ def _train(
     config: DiffusionRun, resume: str, world: World, requests: StopRequests, watchdog: Watchdog
 ) -> Path:
     out, loop = Path(config.out), config.loop
+    choose_algorithms(loop.deterministic)
     if mode_of(config.parallel, world) == "fsdp":
         check_sharded(config.optimizer.kind)
     keep = Keep(loop.keep_checkpoints, loop.keep_every, loop.keep_best)
@@ -224,7 +226,7 @@ def _flops(config: DiffusionRun, world: World) -> tuple[int | None, float | None
     peak = config.logging.peak_tflops
     if peak is None:
         peak = device_peak_tflops(world.device, config.loop.precision)
-    return (None, None) if peak is None else (make_plan(config, world.num_ranks).sample_flops, peak)
+    return (None, None) if peak is None else (sample_flops(config), peak)
 
 
 def _wants_to_stop(requests: StopRequests, world: World) -> Callable[[], bool] | None:

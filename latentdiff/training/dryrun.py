@@ -56,6 +56,13 @@ def report(
     return "\n".join(lines)
 
 
+def way_name(way: Way) -> str:
+    """What a way is called in tables."""
+    mode = way.mode if way.mode != "fsdp" else f"fsdp, {way.shard_ranks} ranks a copy"
+    again = ", checkpointed" if way.recomputes else ""
+    return f"{mode}, {way.optimizer}{again}"
+
+
 def _model(plan: Plan) -> Iterator[str]:
     frozen = sum(part.parameters for part in plan.parts) - plan.trained
     yield f"dry run of {plan.config.out} on {plan.num_ranks} rank(s): nothing is trained"
@@ -72,7 +79,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     c, h, w = plan.latent
     yield ""
     yield (
-        f"memory of a rank: {_name(plan.way)}, {plan.micro_batch} latent(s) of {c} x {h} x {w} "
+        f"memory of a rank: {way_name(plan.way)}, {plan.micro_batch} latent(s) of {c} x {h} x {w} "
         f"at a time, {config.loop.precision}"
     )
     rows = {
@@ -112,7 +119,7 @@ def _ways(plan: Plan) -> Iterator[str]:
         most = "".join(f"{_most(way, card):>9}" for card in _CARDS_GB)
         mark = ", this run" if way is plan.way else ""
         total = _bytes(way.memory(plan.micro_batch).total)
-        yield f"  {_name(way) + mark:<52}{total:>10}{most}"
+        yield f"  {way_name(way) + mark:<52}{total:>10}{most}"
 
 
 def _work(plan: Plan, num_read: int | None) -> Iterator[str]:
@@ -236,12 +243,6 @@ def _peaks(config: DiffusionRun) -> Iterator[tuple[str, float]]:
     for name in _ASSUMED_GPUS:
         if (peak := peak_tflops(name, precision)) is not None:
             yield name, peak
-
-
-def _name(way: Way) -> str:
-    mode = way.mode if way.mode != "fsdp" else f"fsdp, {way.shard_ranks} ranks a copy"
-    again = ", checkpointed" if way.recomputes else ""
-    return f"{mode}, {way.optimizer}{again}"
 
 
 def _most(way: Way, card_gb: int) -> str:

@@ -26,7 +26,7 @@ from latentdiff.posthoc import combine, posthoc_shares
 from latentdiff.training.checkpoint import Checkpoint, Checkpoints, read_checkpoint
 from latentdiff.training.commit import Keep
 from latentdiff.training.inspecting import find_checkpoints
-from latentdiff.training.manifest import Record, directories, newest_first, read_record
+from latentdiff.training.manifest import Record, newest_first, read_record
 from latentdiff.training.trainee import (
     EXPORT_DTYPES,
     VOCABULARY,

@@ -174,8 +174,11 @@ def _text(config: TextConfig, notes: list[str]) -> TextEncoder | None:
 
 def _small(config: SmallTextConfig) -> dict[str, int]:
     """A new tower's shape; its vocabulary is at most as long as it was asked for."""
+    vocab_size = config.tokenizer.vocab_size
     return dict(
-        vocab_size=config.tokenizer.vocab_size,
+        vocab_size=vocab_size,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
         hidden_size=config.width,
         intermediate_size=4 * config.width,
         num_hidden_layers=config.layers,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from latentdiff.devices import autocast, cast, resolve_device
+from latentdiff.devices import autocast, cast, choose_algorithms, resolve_device
 
 
 @pytest.fixture
@@ -77,3 +79,18 @@ def test_networks_are_not_cast_to_other_types() -> None:
     message = "dtype torch.float64 is not for networks; use float32, bfloat16 or float16"
     with pytest.raises(ValueError, match=message):
         cast(torch.nn.Linear(2, 2), "cpu", torch.float64)
+
+
+def test_algorithms_are_the_fastest_or_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        choose_algorithms(deterministic=False)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.benchmark
+        choose_algorithms(deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = False

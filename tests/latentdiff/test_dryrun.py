@@ -18,8 +18,8 @@ from latentdiff.training.plan import Plan, make_plan
 from latentdiff.training.shapes import shapes_of, without_weights
 
 UNET = {
-    "channels": [16, 32],
-    "cross_attention": [False, True],
+    "channels": [16],
+    "cross_attention": [True],
     "layers_per_block": 1,
     "head_dim": 8,
     "norm_num_groups": 4,
@@ -46,7 +46,11 @@ def tiny(shards: str = "nowhere/*.tar", **changes: Any) -> DiffusionRun:
 def sd15() -> Plan:
     run = load("sd15_256")
     assert isinstance(run, DiffusionRun)
-    return make_plan(run, 64)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan = make_plan(run, 64)
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert grown < 1e9 < plan.memory.weights  # nothing was allocated
+    return plan
 
 
 # Stable Diffusion's sizes
@@ -80,11 +84,6 @@ def test_full_training_of_stable_diffusion_fits_24_gb(sd15: Plan) -> None:
     for way in sd15.ways:
         most = way.largest(room)
         assert most == 0 or way.memory(most).total <= room < way.memory(most + 1).total
-
-
-def test_nothing_is_allocated(sd15: Plan) -> None:
-    assert sd15.memory.total > 20e9
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 2e9
 
 
 # A small run, foretold and real

@@ -46,16 +46,16 @@ def run_sample(
 
 
 def test_a_killed_run_and_one_asked_to_stop_survive(repository: Path, tmp_path: Path) -> None:
-    """On two ranks that share the weights. All the rest is `make campaign`."""
+    """On two ranks. All the rest is `make campaign`."""
     done, entries = run_sample(
-        repository, tmp_path, "--only", "K1", "K3", "--match", "fsdp x 2",
+        repository, tmp_path, "--only", "K1", "K3", "--match", "ddp x 2",
         "--trials", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert [entry["fault"] for entry in entries] == ["K1", "K3"]
     assert not any(entry["problems"] for entry in entries)
     page = (tmp_path / "faults.md").read_text()
-    assert "| K1 | kill -9, fsdp x 2 | 1 | 1 |" in page
+    assert "| K1 | kill -9, ddp x 2 | 1 | 1 |" in page
     assert "## Failures" not in page
     assert not list((tmp_path / "trials").iterdir())
 

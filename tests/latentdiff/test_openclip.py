@@ -69,6 +69,21 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
     return tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask))
 
 
+def test_last_layers_can_be_left_out() -> None:
+    """Stable Diffusion 2.x takes the penultimate layer's output through the final norm."""
+    model = new_model(layers=3)
+    encoder = convert_openclip(model, skip_layers=1).eval()
+    ids = encoder.tokenize(PROMPTS)
+    x = model.token_embedding(ids) + model.positional_embedding
+    with torch.no_grad():
+        for block in model.transformer.resblocks[:2]:
+            x = block(x, attn_mask=model.attn_mask)
+        expected = model.ln_final(x)
+        torch.testing.assert_close(encoder(ids).tokens, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^skip_layers must be below the tower's 3 layers; got 3"):
+        convert_openclip(model, skip_layers=3)
+
+
 @pytest.mark.parametrize("quick_gelu", [False, True])
 @pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])
 def test_hidden_states_are_open_clips(kind: str, quick_gelu: bool) -> None:

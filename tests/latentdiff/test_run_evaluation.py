@@ -133,7 +133,7 @@ def test_scores_are_of_the_held_out_pairs_and_their_captions(
     chunks = draw_chunks(found.model, found.network, config, captions, 4, ONE)
     drawn = [image for _, images in chunks for image in images if image is not None]
     expected, _ = kernel_distance(features(real, parts), features(drawn, parts))
-    assert scores["kid"] == pytest.approx(expected, rel=1e-6)
+    assert scores["kid"] == pytest.approx(expected, abs=1e-6)  # of features of another batch
 
     metric = load_clip(config.evaluation.clip, CPU)
     metric.update([torch.tensor(image).permute(2, 0, 1) for image in drawn], captions)

@@ -1,11 +1,12 @@
 """Does every shipped config load by name and describe models that fit together?
 
 A shipped config may start from what another one exports (`pretrained: runs/...`), which no checkout
-has. Here the exporter's config stands for it: the shapes come from there, on the meta device.
+has. Here the exporter's config stands for it: the shapes come from there, without weights.
 """
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from latentdiff.configfile import dump_config, load_config, shipped_configs
 from latentdiff.schedule import NoiseSchedule
 from latentdiff.text import Conditioning, new_tower, train_tokenizer
 from latentdiff.training.contrastive import ImageTower
+from latentdiff.training.shapes import shapes_of, without_weights
 from latentdiff.unet import as_network, new_unet
 from vae.autoencoder import Autoencoder
-from vae.config import IdentityConfig, KLConfig, TinyConfig
 
 NAMES = sorted(shipped_configs())
 TINY = """
@@ -49,21 +50,8 @@ def exporter(directory: str) -> AutoencoderRun | ContrastiveRun:
     raise AssertionError(f"no shipped config exports {directory}")
 
 
-def autoencoder_of(config: KLConfig | TinyConfig | IdentityConfig) -> Autoencoder:
-    if not isinstance(config, IdentityConfig) and config.pretrained is not None:
-        run = exporter(config.pretrained)
-        assert isinstance(run, AutoencoderRun)
-        config = run.autoencoder
-    return Autoencoder.build(config)
-
-
-def tower_of(config: Any) -> Any:
+def tower_of(config: SmallTextConfig) -> Any:
     """The text tower; its vocabulary is only as long as these few words make it."""
-    if isinstance(config, SmallTextConfig) and config.pretrained is not None:
-        run = exporter(config.pretrained)
-        assert isinstance(run, ContrastiveRun)
-        config = run.text
-    assert isinstance(config, SmallTextConfig)
     return new_tower(config, train_tokenizer(["a cat"], 600, config.context_length))
 
 
@@ -89,7 +77,7 @@ def test_shipped_configs_build_models_that_fit(name: str) -> None:
         image = torch.empty(2, 3, size_px, size_px)
         match run:
             case AutoencoderRun():
-                autoencoder = autoencoder_of(run.autoencoder)
+                autoencoder = Autoencoder.build(run.autoencoder)
                 z, _ = autoencoder.moments(image)
                 assert autoencoder.model.decoder(z).shape == image.shape
             case ContrastiveRun():
@@ -98,20 +86,21 @@ def test_shipped_configs_build_models_that_fit(name: str) -> None:
                     2,
                     tower.config.hidden_size,
                 )
-            case DiffusionRun() if run.init_from is not None:
-                assert run.init_from == "box"  # test_pretrained.py builds that one
             case DiffusionRun():
-                autoencoder = autoencoder_of(run.autoencoder)
-                tower = None if run.text.kind == "none" else tower_of(run.text)
-                width = None if tower is None else tower.config.hidden_size
-                z, _ = autoencoder.moments(image)
-                unet = new_unet(run.unet, autoencoder.latent_channels, z.shape[-1], width)
-                cond = None
-                if tower is not None:
-                    ids = torch.zeros(2, tower.config.max_position_embeddings, dtype=torch.int64)
-                    cond = Conditioning(tower(ids).last_hidden_state)
-                assert as_network(unet)(z, torch.zeros(2), cond).shape == z.shape
-                assert {p.device.type for p in unet.parameters()} == {"meta"}
+                pass  # below, without weights
+    if isinstance(run, DiffusionRun):
+        with without_weights():
+            shapes = shapes_of(run)
+            latents = torch.zeros(2, 3, size_px, size_px)
+            if not shapes.autoencoder.is_identity:
+                side = size_px // shapes.autoencoder.downscale
+                latents = torch.zeros(2, shapes.autoencoder.latent_channels, side, side)
+            cond = None
+            if shapes.text is not None:
+                ids = torch.zeros(2, shapes.text.context_length, dtype=torch.int64)
+                cond = Conditioning(shapes.text.model(ids).last_hidden_state)
+            network = as_network(shapes.unet, False)
+            assert network(latents, torch.zeros(2), cond).shape == latents.shape
     if isinstance(run, DiffusionRun):
         schedule = build_schedule(run.schedule)
         assert isinstance(schedule, NoiseSchedule) and run.schedule.kind != "edm"
@@ -247,3 +236,52 @@ def test_load_and_load_config_agree() -> None:
     name = next(name for name in NAMES if load(name).kind == "diffusion")
     assert load_config(DiffusionRun, name) == load(name)
     assert load(name, ["optimizer.lr=0.5"]).optimizer.lr == 0.5
+
+
+# The big ones and the small one for tests
+
+
+BIG = ("sd15_256", "sd15_512", "sd2_v_768")
+
+
+def header(name: str) -> str:
+    """The comment that a config opens with."""
+    lines = shipped_configs()[name].read_text(encoding="utf-8").splitlines()
+    return "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_opens_with_its_command_its_time_and_its_result(name: str) -> None:
+    opening = header(name)
+    assert f"--config {name}" in opening
+    assert "# Time: " in opening or "#   latentdiff train" in opening
+    assert "# Result: " in opening
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_big_configs_say_what_was_not_run_and_read_stored_latents(name: str) -> None:
+    run = load(name)
+    assert isinstance(run, DiffusionRun)
+    assert "# Result: not run here." in header(name) and "# Hardware: " in header(name)
+    assert run.data.payload == "latents" and run.loop.precision == "bf16"
+    assert run.validation is not None and run.evaluation is not None
+    assert set(run.validation.data.shards).isdisjoint(run.data.shards)
+    assert run.loop.batch_size % 64 == 0 and run.data.order.streams == 64
+    assert run.objective.caption_dropout == 0.1 and run.ema.decay == 0.9999
+
+
+def test_stable_diffusion_continues_at_512_what_it_learned_at_256() -> None:
+    small, large = load("sd15_256"), load("sd15_512")
+    assert isinstance(small, DiffusionRun) and isinstance(large, DiffusionRun)
+    assert large.init_from == small.export and small.export_dtype == "fp32"
+    assert large.objective == small.objective
+    assert large.data.buckets is not None and large.data.buckets.base_px == (512,)
+
+
+def test_the_debug_config_divides_among_many_ranks_and_proves_its_data() -> None:
+    run = load("debug_cpu")
+    assert isinstance(run, DiffusionRun)
+    assert run.loop.device == "cpu" and run.loop.log_positions
+    assert all(run.loop.batch_size % ranks == 0 for ranks in (1, 2, 3, 4, 6, 12))
+    assert run.validation is not None and run.loop.sample_every is not None
+    assert run.loop.num_steps * run.loop.batch_size > 171  # more than an epoch of tests/assets

@@ -58,6 +58,62 @@ def test_a_head_is_as_wide_as_the_config_says_with_and_without_text() -> None:
     assert plain["down_blocks.1"][0].to_q.out_features == 32
 
 
+STABLE_DIFFUSION: dict[str, Any] = {
+    "channels": [320, 640, 1280, 1280],
+    "cross_attention": [True, True, True, False],
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
+
+
+def test_stable_diffusion_1_has_eight_heads_everywhere_and_diffusers_own_weights() -> None:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet: Any = new_unet(config(**STABLE_DIFFUSION, num_heads=8), 4, 64, 768)
+        published = UNet2DConditionModel(  # stable-diffusion-v1-5's unet/config.json
+            sample_size=64, cross_attention_dim=768, attention_head_dim=8
+        )
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    shapes = {name: p.shape for name, p in unet.state_dict().items()}
+    assert shapes == {name: p.shape for name, p in published.state_dict().items()}
+    for part, found in attentions(unet).items():
+        assert all(layer.heads == 8 for layer in found), part
+    theirs = attentions(published)
+    assert {p: [a.heads for a in f] for p, f in attentions(unet).items()} == {
+        p: [a.heads for a in f] for p, f in theirs.items()
+    }
+
+
+def test_stable_diffusion_2_projects_by_matrices() -> None:
+    from diffusers import UNet2DConditionModel
+
+    heads: Any = (5, 10, 20, 20)
+    with torch.device("meta"):
+        shape = config(**STABLE_DIFFUSION, head_dim=64, linear_projection=True)
+        unet: Any = new_unet(shape, 4, 96, 1024)
+        published = UNet2DConditionModel(  # stable-diffusion-2-1's unet/config.json
+            sample_size=96,
+            cross_attention_dim=1024,
+            attention_head_dim=heads,
+            use_linear_projection=True,
+        )
+    assert sum(p.numel() for p in unet.parameters()) == 865_910_724
+    shapes = {name: p.shape for name, p in unet.state_dict().items()}
+    assert shapes == {name: p.shape for name, p in published.state_dict().items()}
+    assert {a.heads for f in attentions(unet).values() for a in f} == {5, 10, 20}
+
+
+def test_heads_by_number_divide_the_channels_and_need_a_text_tower() -> None:
+    assert config(channels=[24, 40], num_heads=8, norm_num_groups=4).num_heads == 8
+    message = r"channels must be multiples of num_heads \(3\) and norm_num_groups \(4\); got 16"
+    with pytest.raises(ValueError, match=message):
+        config(num_heads=3)
+    for changes in ({"num_heads": 2}, {"linear_projection": True}):
+        with pytest.raises(ValueError, match=r"are for models with text, but text\.kind is none"):
+            new_unet(config(**changes), 3, 8, None)
+
+
 @pytest.mark.parametrize("text_width", [None, 12])
 def test_dropout_reaches_every_residual_block_and_only_in_training(text_width: int | None) -> None:
     attends = [False, text_width is not None]
