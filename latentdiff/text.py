@@ -200,6 +200,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, context_length: in
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Write a tokenizer as transformers opens it, `vocab.json` and `merges.txt` included."""
+    tokenizer.backend_tokenizer.no_truncation()  # or the file would tell how it was used last
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(directory)
     tokenizer.backend_tokenizer.model.save(str(directory))
 

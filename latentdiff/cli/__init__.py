@@ -42,7 +42,7 @@ COMMANDS = {
     "vae": _Entry("latentdiff.cli.vae:app", "Train and judge autoencoders: train, reconstruct."),
     "data": _Entry("latentdiff.cli.data:app", "Make, index, choose and read data: tars of images."),
     "checkpoint": _Entry(
-        "latentdiff.cli.checkpoint:app", "Say what checkpoints hold, and whether they are whole."
+        "latentdiff.cli.checkpoint:app", "Look into checkpoints; make models of them."
     ),
     "explain": _Entry(
         "latentdiff.cli.explain:explain", "Show how a model draws, on a page to read."

@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -62,6 +63,16 @@ def five() -> Members:
             (f"s{i}.txt", f"caption of s{i}".encode()),
         )
     ]
+
+
+def three_tars(folder: Path) -> list[str]:
+    """Three tars of five samples in a new folder."""
+    folder.mkdir()
+    urls = [str(folder / f"t-{i}.tar") for i in range(3)]
+    for number, url in enumerate(urls):
+        members = [(f"{number}{name}", data) for name, data in five()]
+        Path(url).write_bytes(tar_bytes(members))
+    return urls
 
 
 @dataclass(frozen=True)

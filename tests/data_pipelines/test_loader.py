@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faultserver import FaultServer
-from pairs import caption_of, index, pixels_of, write_pairs
+from loader_rig import assert_same, batches, config, joined
+from pairs import write_pairs
 
-from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.index import open_index
 from data_pipelines.loader import Loader
@@ -53,52 +51,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     chosen = str(folder / "chosen.parquet")
     select(open_index(one), "score != 5").save(chosen)
     return {"mixture": [{"select": chosen, "weight": 3}, {"shards": two, "weight": 1}]}
-
-
-def config(shards: str, **values: Any) -> DataConfig:
-    return DataConfig.model_validate({"shards": [shards], **values})
-
-
-def batches(count: int, *arguments: Any, **options: Any) -> list[Batch]:
-    return list(islice(Loader(*arguments, **options), count))
-
-
-def columns(batch: Batch) -> dict[str, Any]:
-    names = ("positions", "ids", "valid", "original_size", "crop_top_left", "target_size")
-    found = {name: getattr(batch, name).tolist() for name in names}
-    return {**found, "keys": list(batch.keys), "captions": list(batch.captions)}
-
-
-def assert_same(one: list[Batch], two: list[Batch]) -> None:
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        assert a.step == b.step
-        assert columns(a) == columns(b)
-        assert (a.pixels is None) == (b.pixels is None)
-        if a.pixels is not None and b.pixels is not None:
-            assert torch.equal(a.pixels, b.pixels)
-
-
-def joined(parts: list[Batch]) -> Batch:
-    """The batch of a step from those of its ranks and splits."""
-    found = [columns(part) for part in parts]
-    by_position = np.argsort(np.concatenate([part.positions for part in parts]))
-    fields: dict[str, Any] = {}
-    for name in found[0]:
-        values = [value for part in found for value in part[name]]
-        values = [values[i] for i in by_position]
-        is_text = name in ("keys", "captions")
-        fields[name] = tuple(values) if is_text else np.array(values)
-    pixels = torch.cat([part.pixels for part in parts if part.pixels is not None])
-    pixels = pixels[torch.from_numpy(by_position)]
-    return Batch(
-        step=parts[0].step,
-        num_planned=parts[0].num_planned,
-        pixels=pixels,
-        latents=None,
-        tokens=None,
-        **fields,
-    )
 
 
 # The cursor
@@ -300,6 +252,22 @@ def test_data_that_was_moved_has_the_same_order(tmp_path: Path) -> None:
     assert_same(list(islice(first, 2)), list(islice(second, 2)))
 
 
+@pytest.mark.parametrize("step", [5, 12, 17, 30])
+def test_the_ledger_goes_on_where_it_was(two: dict[str, Any], tmp_path: Path, step: int) -> None:
+    chosen = DataConfig.model_validate({**two, **BUCKETS})
+
+    def read(name: str, start: int, stop: int) -> tuple[int, dict[str, int], str]:
+        path = tmp_path / name
+        loader = Loader(chosen, 0, 8, start * 8, ledger_path=path)
+        list(islice(loader, stop - start))
+        return loader.ledger.num_delivered, dict(loader.ledger.counts), path.read_text()
+
+    whole = read("whole.jsonl", 0, 40)
+    read("parts.jsonl", 0, step + 2)  # two steps that no checkpoint knows
+    assert read("parts.jsonl", step, 40) == whole
+    assert whole[1]["aspect ratio"] > 0
+
+
 # Selections
 
 
@@ -325,50 +293,6 @@ def test_a_shard_that_changed_since_the_selection(tmp_path: Path) -> None:
     saved = DataConfig.model_validate({"select": str(tmp_path / "chosen.parquet")})
     with pytest.raises(ValueError, match=r"x-000\.tar has changed since the selection was made"):
         next(iter(Loader(saved, 0, 5)))
-
-
-# Tars elsewhere
-
-
-def test_remote_tars_are_read_as_local_ones(tmp_path: Path, server: FaultServer) -> None:
-    paths = write_pairs(tmp_path, [7, 5, 8])
-    for path in paths:
-        server.files[f"/{Path(path).name}"] = Path(path).read_bytes()
-    urls = [f"{server.url}/{Path(path).name}" for path in paths]
-    storage = {"cache_dir": str(tmp_path / "cache")}
-    index(urls, tmp_path / "cache")
-    local = DataConfig(shards=tuple(paths), size_px=8)
-    for gigabytes in (1.0, 0.0):
-        remote = DataConfig.model_validate(
-            {"shards": urls, "size_px": 8, "storage": {**storage, "cache_gb": gigabytes}}
-        )
-        assert Loader(remote, 0, 4).fingerprint == Loader(local, 0, 4).fingerprint
-        found = iter(Loader(remote, 0, 4))
-        assert_same(list(islice(found, 12)), batches(12, local, 0, 4))
-        if gigabytes:
-            assert len(until_there(tmp_path / "cache" / "shards", 3)) == 3  # prefetched
-        found.close()
-
-
-def test_a_store_that_goes_away_is_counted(tmp_path: Path, server: FaultServer) -> None:
-    (path,) = write_pairs(tmp_path, [6])
-    server.files["/x.tar"] = Path(path).read_bytes()
-    storage = {"cache_dir": str(tmp_path / "cache"), "cache_gb": 0, "retries": 0}
-    index([f"{server.url}/x.tar"], tmp_path / "cache")
-    chosen = DataConfig.model_validate(
-        {"shards": [f"{server.url}/x.tar"], "size_px": 8, "storage": storage, "max_bad_rate": 1}
-    )
-    loader = Loader(chosen, 0, 6)
-    server.fault = "503"
-    iterator = iter(loader)
-    assert not next(iterator).valid.any()
-    server.fault = ""
-    while not (batch := next(iterator)).valid.all():  # what was under way already
-        assert batch.step < 4
-    assert set(loader.ledger.counts) == {"network"}
-    for key, caption, pixels in zip(batch.keys, batch.captions, batch.pixels, strict=True):  # pyright: ignore[reportArgumentType]
-        assert caption == caption_of(int(key))
-        assert np.array_equal(pixels, pixels_of(int(key)))
 
 
 # Mistakes
@@ -399,66 +323,6 @@ def test_shards_that_are_not_there(tmp_path: Path) -> None:
         Loader(config(str(tmp_path / "none-*.tar")), 0, 8)
     with pytest.raises(ValueError, match="give shards, or select"):
         DataConfig()
-
-
-@pytest.mark.parametrize("step", [5, 12, 17, 30])
-def test_the_ledger_goes_on_where_it_was(two: dict[str, Any], tmp_path: Path, step: int) -> None:
-    chosen = DataConfig.model_validate({**two, **BUCKETS})
-
-    def read(name: str, start: int, stop: int) -> tuple[int, dict[str, int], str]:
-        path = tmp_path / name
-        loader = Loader(chosen, 0, 8, start * 8, ledger_path=path)
-        list(islice(loader, stop - start))
-        return loader.ledger.num_delivered, dict(loader.ledger.counts), path.read_text()
-
-    whole = read("whole.jsonl", 0, 40)
-    read("parts.jsonl", 0, step + 2)  # two steps that no checkpoint knows
-    assert read("parts.jsonl", step, 40) == whole
-    assert whole[1]["aspect ratio"] > 0
-
-
-def remote(tmp_path: Path, server: FaultServer, **storage: float) -> DataConfig:
-    (path,) = write_pairs(tmp_path, [12])
-    server.files["/x.tar"] = Path(path).read_bytes()
-    index([f"{server.url}/x.tar"], tmp_path / "cache")
-    values = {"cache_dir": str(tmp_path / "cache"), **storage}
-    return config(f"{server.url}/x.tar", size_px=8, storage=values)
-
-
-def test_a_loader_that_is_read_again_fetches_again(tmp_path: Path, server: FaultServer) -> None:
-    loader = Loader(remote(tmp_path, server), 0, 6)
-    for _ in range(2):
-        iterator = iter(loader)
-        next(iterator)
-        (copy,) = until_there(tmp_path / "cache" / "shards", 1)
-        iterator.close()
-        copy.unlink()
-
-
-def until_there(folder: Path, count: int) -> list[Path]:
-    give_up = time.monotonic() + 30
-    while len(found := list(folder.glob("*.tar"))) < count and time.monotonic() < give_up:
-        time.sleep(0.01)
-    return found
-
-
-def test_an_iterator_is_left_at_once_though_a_server_does_not_answer(
-    tmp_path: Path, server: FaultServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: object) -> None:
-        while not server.requests["/x.tar"]:
-            time.sleep(0.005)
-        raise KeyboardInterrupt
-
-    loader = Loader(remote(tmp_path, server, cache_gb=0, deadline_s=60), 0, 6)
-    server.requests.clear()
-    server.fault = "stall"
-    monkeypatch.setattr(loader, "_collect", interrupted)
-    before, begin = set(threading.enumerate()), time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        next(iter(loader))
-    assert time.monotonic() - begin < 2
-    assert not [t for t in threading.enumerate() if t.name.startswith("decode") and t not in before]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

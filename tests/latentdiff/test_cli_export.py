@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_rig import ALONE, contents, save
+from export_rig import average, distance, loop, pixel_run, step_of, weights
 from safetensors.torch import load_file
 from tinyruns import tiny_diffusion_run
-from torch import Tensor
 
 from latentdiff.cli import run as command
 from latentdiff.config import DiffusionRun
@@ -62,32 +62,6 @@ def refused(export) -> Callable[..., str]:
         return told
 
     return refused
-
-
-def loop(num_steps: int, **changes: Any) -> dict[str, Any]:
-    quick = {"num_steps": num_steps, "batch_size": 4, "log_every": num_steps, "sample_every": None}
-    return {**quick, "checkpoint_every": num_steps, "async_save": False, **changes}
-
-
-def pixel_run(assets: Path, out: Path, num_steps: int, **changes: Any) -> DiffusionRun:
-    """A run without text or autoencoder, of few small tensors."""
-    unet = {"channels": [8], "cross_attention": [False], "layers_per_block": 1, "head_dim": 8}
-    values = {
-        "out": str(out),
-        "data": {"shards": [str(assets / "train-*.tar")], "size_px": 16},
-        "unet": {**unet, "norm_num_groups": 4},
-        "samples": {"num_steps": 2},
-        "logging": {"to": []},
-        "loop": loop(num_steps),
-    }
-    return DiffusionRun.model_validate({**values, **changes})
-
-
-def weights(model: Path) -> dict[str, Tensor]:
-    """What is trained in a model's directory, by the names in a checkpoint."""
-    found = Pipeline.load(model)
-    modules = {"unet": found.unet} | ({} if found.text is None else {"text": found.text})
-    return {f"{m}.{n}": p.detach() for m in modules for n, p in modules[m].named_parameters()}
 
 
 def files(model: Path) -> dict[str, object]:
@@ -202,21 +176,6 @@ def test_a_sharded_run_exports_what_it_exported_itself(
 # Post-hoc averages
 
 
-def average(saved: Checkpoint, length: float) -> dict[str, Tensor]:
-    start = f"{length}/"
-    tensors = saved.group("ema").items()
-    return {n.removeprefix(start): t for n, t in tensors if n.startswith(start)}
-
-
-def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return sum((one[n] - other[n]).square().sum().item() for n in one) ** 0.5
-
-
-def step_of(run: DiffusionRun, step: int) -> Checkpoint:
-    return read_checkpoint(Path(run.out) / "checkpoints" / f"step-{step}")
-
-
 def rewrite(saved: Checkpoint, place: Path, step: int, poison: float = 0.0, **config: Any) -> None:
     """Save a checkpoint's weights and averages in another run directory, as of another step."""
     state = {**saved.state, "config": {**saved.state["config"], **config}}
@@ -279,7 +238,7 @@ def test_a_length_that_was_left_out_is_found_again(
         "step 40: average of length 0.12 from the 10 of lengths 0.1, 0.05 at steps 8, 16, 24, 32, "
         f"40; {'2.6' if tracked.ema.start_step else '2.9'} % off"
     )
-    assert miss(tmp_path / "model", tracked, 40) < 0.04
+    assert miss(tmp_path / "model", tracked, 40) < 0.06
     code, _, told = export(tracked.out, "--out", tmp_path / "kept", "--sigma-rel", "0.12")
     assert code == 0 and told.splitlines()[-1] == "step 40: average of length 0.12"
     assert miss(tmp_path / "kept", tracked, 40) == 0
@@ -290,7 +249,7 @@ def test_an_earlier_step_takes_what_was_there_by_then(
 ) -> None:
     done = export_checkpoint(snapshots, tmp_path, step=24, sigma_rel=0.12)
     assert "at steps 8, 16, 24; " in done.told and 0.03 < done.error < 0.06
-    assert miss(tmp_path, tracked, 24) < 0.12
+    assert miss(tmp_path, tracked, 24) < 0.1
 
 
 def test_a_broken_snapshot_is_left_out(
@@ -305,7 +264,7 @@ def test_a_broken_snapshot_is_left_out(
         done = export_checkpoint(place, tmp_path / "model", step=40, sigma_rel=0.12)
     assert len({str(w.message) for w in warned if "left out" in str(w.message)}) == 2
     assert "at steps 24, 32, 40; " in done.told
-    assert miss(tmp_path / "model", tracked, 40) < 0.2
+    assert miss(tmp_path / "model", tracked, 40) < 0.1
 
 
 def test_too_few_snapshots(snapshots: Path, tracked: DiffusionRun, tmp_path: Path, refused) -> None:

@@ -6,8 +6,6 @@ import io
 import json
 import shutil
 import sys
-import tarfile
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,44 +14,30 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from webdataset.compat import WebDataset
+from precompute_rig import (
+    contents,
+    data,
+    latents,
+    new_autoencoder,
+    new_encoders,
+    picture,
+    raw,
+    spoil,
+    three_shards,
+)
 
-from data_pipelines.config import BucketConfig, CaptionConfig, DataConfig
+from data_pipelines.config import BucketConfig, CaptionConfig
 from data_pipelines.index import index_shards, open_index
-from data_pipelines.latentinfo import ShardRecord, read_info
-from data_pipelines.ledger import TooManyBadSamples
-from data_pipelines.shards import Sample, read_shard, write_shards
+from data_pipelines.latentinfo import read_info
+from data_pipelines.shards import Sample, write_shards
 from data_pipelines.transforms import load_picture
 from latentdiff.cli import run
-from latentdiff.config import SmallTextConfig
 from latentdiff.encoding import Encoders, Pictures, encode, encode_batch, load_encoders
 from latentdiff.pairing import model_hash
 from latentdiff.precompute import PrecomputeReport, precompute
-from latentdiff.text import TextEncoder, new_tower, train_tokenizer
 from vae.autoencoder import Autoencoder
-from vae.config import KLConfig
-from vae.latent_norm import LatentNorm
 
 DRIVER = Path(__file__).parent / "precompute_driver.py"
-
-
-def new_autoencoder(seed: int = 0) -> Autoencoder:
-    torch.manual_seed(seed)
-    shape = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
-    config = KLConfig.model_validate({**shape, "mid_block_attention": False})
-    autoencoder = Autoencoder.build(config).eval().requires_grad_(False)
-    autoencoder.norm = LatentNorm.from_scalars(2.0, 0.1)
-    return autoencoder
-
-
-def new_encoders(with_text: bool = True) -> Encoders:
-    text = None
-    if with_text:
-        tokenizer = train_tokenizer(["a red apple", "a blue car"] * 20, 560, 12)
-        config = SmallTextConfig(width=16, layers=1, heads=2, context_length=12)
-        text = TextEncoder(tokenizer, new_tower(config, tokenizer))
-    autoencoder = new_autoencoder()
-    return Encoders("tiny", autoencoder, text, "fp32", model_hash(autoencoder))
 
 
 @pytest.fixture(scope="module")
@@ -61,58 +45,9 @@ def encoders() -> Encoders:
     return new_encoders()
 
 
-def picture(width: int, height: int, seed: int) -> bytes:
-    random = np.random.default_rng(seed)
-    small = random.integers(0, 256, (4, 4, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(file, "PNG")
-    return file.getvalue()
-
-
-SIZES = [(32, 32), (48, 24), (24, 48), (40, 32), (64, 32)]
-
-
-def pairs(count: int = 23) -> Iterator[Sample]:
-    for i in range(count):
-        yield Sample(
-            key=f"{i:03d}",
-            image=picture(*SIZES[i % len(SIZES)], seed=i),
-            extension="png",
-            caption=f"a picture, number {i}",
-            metadata={"aesthetic": i / 4, "captions": [{"lang": "de", "text": f"Bild {i}"}]},
-        )
-
-
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """A folder of three shards."""
-    folder = tmp_path / "pictures"
-    tars = write_shards(pairs(), folder, "train", max_count=10)
-    index_shards([str(tar.path) for tar in tars], workers=1)  # sooner than processes start
-    return folder
-
-
-def data(folder: Path, **changes: Any) -> DataConfig:
-    values = {"shards": (f"{folder}/*.tar",), "size_px": 16, **changes}
-    return DataConfig.model_validate(values)
-
-
-def latents(folder: Path) -> dict[str, dict[str, Any]]:
-    """The samples of a folder by key, as webdataset decodes them."""
-    tars = [str(path) for path in sorted(folder.glob("*.tar"))]
-    dataset: Any = WebDataset(tars, shardshuffle=False).decode()
-    found = list(dataset)
-    assert len({sample["__key__"] for sample in found}) == len(found)
-    return {sample["__key__"]: sample for sample in found}
-
-
-def raw(folder: Path) -> dict[str, dict[str, Any]]:
-    return {s["__key__"]: s for path in sorted(folder.glob("*.tar")) for s in read_shard(path)}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    names = [*folder.glob("*.tar"), *folder.glob("latents*.json"), *folder.glob("*.latents.json")]
-    return {path.name: path.read_bytes() for path in names}
+    return three_shards(tmp_path / "pictures")
 
 
 def test_latents_ids_and_metadata_are_those_of_the_pairs(
@@ -308,194 +243,6 @@ def test_a_rank_alone_leaves_the_folder_unfinished(
     assert len(read_info(out).shards) == 3
     with pytest.raises(ValueError, match="rank must be from 0 to 1; got 2"):
         precompute(data(shards), encoders, out, rank=2)
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({"size_px": 24}, {}, "other settings (there, here): data.size_px: 16, 24; give it"),
-        ({"flip": True}, {"crops": 2}, "crops: 1, 2; data.flip: False, True; give it the same"),
-        ({}, {"kind": "samples"}, "kind: moments, samples"),
-        ({}, {"seed": 1}, "seed: 0, 1"),
-        ({"captions": {"article": 1.0}}, {}, "data.captions.article: 0.0, 1.0"),
-        ({"where": "aesthetic > 1"}, {}, "data.where: {}, aesthetic > 1"),
-    ],
-)
-def test_other_settings_are_refused(
-    changes: dict[str, Any],
-    options: dict[str, Any],
-    message: str,
-    shards: Path,
-    encoders: Encoders,
-    tmp_path: Path,
-) -> None:
-    out = tmp_path / "latents"
-    config = data(shards, shards=(f"{shards}/train-000002.tar",))
-    precompute(config, encoders, out)
-    before = contents(out)
-    with pytest.raises(ValueError) as caught:
-        precompute(
-            config.model_validate({**config.model_dump(), **changes}), encoders, out, **options
-        )
-    assert message in str(caught.value) and "choose another folder" in str(caught.value)
-    assert contents(out) == before
-
-
-def test_another_model_is_refused_and_another_name_is_not(
-    shards: Path, encoders: Encoders, tmp_path: Path
-) -> None:
-    out = tmp_path / "latents"
-    precompute(data(shards), encoders, out)
-    other = new_autoencoder(seed=1)
-    changed = Encoders("tiny", other, encoders.text, "fp32", model_hash(other))
-    with pytest.raises(ValueError, match=r"other settings \(there, here\): model_hash: "):
-        precompute(data(shards), changed, out)
-    renamed = Encoders("moved", encoders.autoencoder, encoders.text, "fp32", encoders.model_hash)
-    assert precompute(data(shards), renamed, out).num_written == 0
-
-
-def spoil(shards: Path) -> None:
-    """A broken picture, and one without a caption, in the second shard."""
-    path = shards / "train-000001.tar"
-    samples = list(read_shard(path))
-    samples[2]["png"] = samples[2]["png"][:60] + bytes(40)
-    del samples[5]["txt"]
-    with tarfile.open(path, "w") as tar:
-        for sample in samples:
-            for extension in ("png", "txt", "json"):
-                if extension in sample:
-                    member = tarfile.TarInfo(f"{sample['__key__']}.{extension}")
-                    member.size = len(sample[extension])
-                    tar.addfile(member, io.BytesIO(sample[extension]))
-
-
-def test_bad_samples_are_left_out_and_accounted_for(
-    shards: Path, encoders: Encoders, tmp_path: Path
-) -> None:
-    spoil(shards)
-    out = tmp_path / "latents"
-    report = precompute(data(shards), encoders, out, batch_size=4)
-    assert report.num_samples == 21
-    assert report.skipped == {"bad image": 1, "no caption": 1}
-    assert sorted(latents(out)) == [f"{i:03d}" for i in range(23) if i not in (12, 15)]
-    info = read_info(out)
-    assert [(s.num_samples, s.skipped) for s in info.shards] == [
-        (10, {}),
-        (8, {"bad image": 1, "no caption": 1}),
-        (3, {}),
-    ]
-    record = ShardRecord.model_validate_json((out / "train-000001.tar.latents.json").read_bytes())
-    assert [(key, reason) for key, reason, _ in record.skipped_keys] == [
-        ("012", "bad image"),
-        ("015", "no caption"),
-    ]
-    again = precompute(data(shards), encoders, out)
-    assert (again.num_written, again.skipped) == (0, report.skipped)
-
-
-def test_too_many_bad_samples_stop_the_run(
-    shards: Path, encoders: Encoders, tmp_path: Path
-) -> None:
-    spoil(shards)
-    out = tmp_path / "latents"
-    with pytest.raises(TooManyBadSamples, match="bad image"):
-        precompute(data(shards, max_bad_rate=0.001), encoders, out)
-    assert not (out / "latents.json").exists() and not list(out.glob(".*.part"))
-    assert "train-000001.tar" not in contents(out)
-    assert precompute(data(shards), encoders, out).is_whole
-
-
-def test_a_filter_is_told_from_bad_samples(
-    shards: Path, encoders: Encoders, tmp_path: Path
-) -> None:
-    spoil(shards)
-    out = tmp_path / "latents"
-    report = precompute(data(shards, where="aesthetic >= 2"), encoders, out)  # samples from 8 on
-    assert report.skipped == {"bad image": 1, "no caption": 1} and report.num_samples == 13
-    info = read_info(out)
-    assert [(s.num_samples, s.filtered, sum(s.skipped.values())) for s in info.shards] == [
-        (2, 8, 0),
-        (8, 0, 2),
-        (3, 0, 0),
-    ]
-
-
-def test_a_latent_that_is_not_finite_is_bad(
-    shards: Path, encoders: Encoders, tmp_path: Path
-) -> None:
-    loud = new_autoencoder()
-    loud.norm = LatentNorm.from_scalars(1e7)
-    changed = Encoders("loud", loud, encoders.text, "fp32", model_hash(loud))
-    with pytest.raises(TooManyBadSamples, match="the latent is not finite in float16"):
-        precompute(data(shards), changed, tmp_path / "latents")
-
-
-def test_a_shard_that_cannot_be_read_waits_for_the_next_run(
-    shards: Path, encoders: Encoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from data_pipelines.ledger import BadSample
-    from data_pipelines.reader import Reader
-
-    out, payload = tmp_path / "latents", Reader.payload
-
-    def failing(self: Reader, url: str, *arguments: Any) -> Any:
-        if "000001" in url:
-            raise BadSample("network", f"{url}: timed out")
-        return payload(self, url, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Reader, "payload", failing)
-        with pytest.raises(
-            OSError, match=r"1 of 3 shards could not be read, the first .*timed out"
-        ):
-            precompute(data(shards), encoders, out)
-    assert sorted(path.name for path in out.glob("*.tar")) == [
-        "train-000000.tar",
-        "train-000002.tar",
-    ]
-    assert not (out / "latents.json").exists()
-    assert precompute(data(shards), encoders, out) == PrecomputeReport(3, 1, 23, {}, True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({"size_px": 15}, {}, "crop_px is 15; expected a multiple of the autoencoder's 2"),
-        ({"payload": "latents"}, {}, "data.payload is latents; they are encoded already"),
-        ({}, {"crops": 2}, "2 crops would all be the same picture; set data.crop (--crop)"),
-        ({}, {"captions": 2}, "2 captions would all be the same text; give data.captions"),
-        ({}, {"batch_size": 0}, "batch_size must be at least 1; got 0"),
-    ],
-)
-def test_what_cannot_be_meant_is_refused(
-    changes: dict[str, Any],
-    options: dict[str, Any],
-    message: str,
-    shards: Path,
-    encoders: Encoders,
-    tmp_path: Path,
-) -> None:
-    with pytest.raises(ValueError) as caught:
-        precompute(data(shards, **changes), encoders, tmp_path / "latents", **options)
-    assert message in str(caught.value)
-    assert not (tmp_path / "latents").exists()
-
-
-def test_no_tar_is_ever_written_over(shards: Path, encoders: Encoders, tmp_path: Path) -> None:
-    before = contents(shards)
-    with pytest.raises(
-        ValueError, match=r"train-000000\.tar would be written over; choose another"
-    ):
-        precompute(data(shards), encoders, shards)
-    shutil.copytree(shards, tmp_path / "copy")
-    with pytest.raises(
-        ValueError, match=r"holds tars already, such as train-.*; choose a new folder"
-    ):
-        precompute(data(shards), encoders, tmp_path / "copy")
-    with pytest.raises(ValueError, match=r"would both become .*train-000000\.tar; precompute them"):
-        both = (f"{shards}/*.tar", f"{tmp_path}/copy/*.tar")
-        precompute(data(shards, shards=both), encoders, tmp_path / "latents")
-    assert contents(shards) == before == contents(tmp_path / "copy")
 
 
 def test_batches_have_one_shape_and_keep_the_order_of_each() -> None:
