@@ -28,7 +28,7 @@ test: $(INSTALLED_DEV)
 	@echo "== import contract"
 	@$(BIN)/lint-imports
 	@echo "== tests"
-	@$(BIN)/pytest
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 # Hours: every fault of docs/faults.md. Stopped, it goes on where it was.
 campaign: $(INSTALLED_DEV)

@@ -66,6 +66,7 @@ class World:
     local_rank: int = 0
     store: Any = None
     _control: Any = field(default=None, repr=False)  # gloo group for what is on the host
+    _timeout: timedelta = field(default=_PATIENCE, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -112,11 +113,11 @@ class World:
 
     def side_group(self) -> World:
         """The same ranks with a line of their own, for another thread; all must call it."""
-        return self if self._control is None else replace(self, _control=_gloo())
+        return self if self._control is None else replace(self, _control=_gloo(self._timeout))
 
 
 def join(device: str, parallel: ParallelConfig) -> World:
-    """Take part in the run that torchrun, SLURM's srun or nobody has launched this process for.
+    """Take part in the run that torchrun, srun or nobody has launched this process for.
 
     Args:
         device: `auto`, `cpu`, `cuda` (each rank takes its own GPU), or a device by name.
@@ -131,7 +132,8 @@ def join(device: str, parallel: ParallelConfig) -> World:
     found = resolve_device(device)
     if found.type == "cuda":
         if found.index is None:
-            found = resolve_device(f"cuda:{local_rank}")
+            alone = torch.cuda.device_count() == 1  # SLURM may show each task its own GPU only
+            found = resolve_device(f"cuda:{0 if alone else local_rank}")
         torch.cuda.set_device(found)
     if num_ranks == 1 and "RANK" not in os.environ and parallel.mode != "fsdp":
         return World(found)
@@ -157,15 +159,12 @@ def join(device: str, parallel: ParallelConfig) -> World:
         timeout=timeout,
         device_id=found if found.type == "cuda" else None,
     )
-    return World(found, rank, num_ranks, local_rank, dist.PrefixStore("run", store), _gloo())
+    own = dist.PrefixStore("run", store)
+    return World(found, rank, num_ranks, local_rank, own, _gloo(timeout), timeout)
 
 
 def check_alone(what: str) -> None:
-    """Refuse several processes where one does the work.
-
-    Raises:
-        ValueError: torchrun or SLURM launched several.
-    """
+    """Refuse several processes where one does the work, by a ValueError."""
     _, num_ranks, _ = _place()
     if num_ranks > 1:
         raise ValueError(
@@ -193,6 +192,7 @@ def wrap(
     parallel: ParallelConfig,
     precision: str,
     world: World,
+    deterministic: bool = False,
 ) -> nn.Module:
     """The module as all ranks train it; its own parameters keep their names.
 
@@ -202,6 +202,9 @@ def wrap(
         parallel: how.
         precision: bf16 lets fsdp gather weights in bfloat16.
         world: the ranks.
+        deterministic: ddp: do not rearrange the gradients after the first step (which looking for
+            unused parameters prevents): the sums of a run that was resumed there would round
+            otherwise. It is always so on the CPU.
 
     Returns:
         What is called for the forward pass.
@@ -211,7 +214,10 @@ def wrap(
             return module
         case "ddp":
             copies = DistributedDataParallel(
-                module, broadcast_buffers=False, gradient_as_bucket_view=True
+                module,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=deterministic or world.device.type == "cpu",
             )
             copies.register_comm_hook(None, _sum_bucket)
             return copies
@@ -264,7 +270,7 @@ def save_shards(directory: Path, tensors: Mapping[str, Tensor], world: World) ->
     """Write tensors, sharded or not, as safetensors files: each rank its parts; nothing twice.
 
     Raises:
-        OSError: it cannot be written; the same on all ranks.
+        OSError: it cannot be written.
     """
     writer = _ShardWriter(str(directory), save_distributed=True)
     alone = world._control is None
@@ -274,11 +280,7 @@ def save_shards(directory: Path, tensors: Mapping[str, Tensor], world: World) ->
 
 
 def load_shards(directory: Path, tensors: Mapping[str, Tensor], world: World) -> None:
-    """Fill tensors in place from what `save_shards` wrote, however it was sharded then.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Fill tensors in place from what `save_shards` wrote, however it was sharded then."""
     reader = HuggingFaceStorageReader(str(directory))
     alone = world._control is None
     with _as_os_error():
@@ -313,7 +315,7 @@ class _ShardWriter(HuggingFaceStorageWriter):
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """Turn torch's own exception, which is no Exception, into the errors of the ranks."""
+    """Turn torch's own exception, which is no Exception, into an OSError."""
     try:
         yield
     except CheckpointException as error:
@@ -367,8 +369,8 @@ def _sum_bucket(state, bucket):  # DDP compares annotations with types; here the
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def _gloo() -> Any:
-    return dist.new_group(backend="gloo")
+def _gloo(timeout: timedelta) -> Any:
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def _place() -> tuple[int, int, int]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import secrets
-import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.parallel import World, load_shards, local, save_shards
+from latentdiff.parallel import World, is_sharded, load_shards, local, save_shards
 from latentdiff.training.agreement import on_all, on_first
 from latentdiff.training.commit import (
     Keep,
@@ -34,6 +32,7 @@ from latentdiff.training.commit import (
     prepare,
     publish,
     purge,
+    set_aside,
     write,
 )
 from latentdiff.training.manifest import (
@@ -49,8 +48,8 @@ from latentdiff.training.manifest import (
     state_text,
 )
 from latentdiff.training.shards import Shards, combine, fingerprint
+from latentdiff.training.shared import check_shared
 
-_TO_BE_SEEN_S = 10.0  # how long a new file may take to show up on another node
 _MUST_BE_FINITE = ("model", "ema", "optimizer")
 
 
@@ -139,7 +138,8 @@ class Checkpoints:
         self._side = world.side_group() if background else world
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._running: Future[None] | None = None
-        _check_shared(root, world)
+        self._succeeded = True  # the last save
+        check_shared(root, world)
 
     def save(
         self,
@@ -171,19 +171,19 @@ class Checkpoints:
             for name, tensor in members.items()
         }
         judged = metric if metric is not None and math.isfinite(metric) else None
-        job = partial(
-            self._save, step, _copies(tensors), copy.deepcopy(dict(state)), judged, is_last
-        )
+        copies = _copies(_own(tensors, self._world))
+        job = partial(self._save, step, copies, copy.deepcopy(dict(state)), judged, is_last)
         if self._pool is None or is_last:
             job()
         else:
             self._running = self._pool.submit(job)
 
-    def wait(self) -> None:
-        """Wait until no save is running."""
+    def wait(self) -> bool:
+        """Wait until no save is running; returns whether the last one succeeded."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
+        return self._succeeded
 
     def close(self) -> None:
         """Wait, and remove what dead processes left: before the ranks part."""
@@ -232,6 +232,16 @@ class Checkpoints:
                 warnings.warn(f"{problem}; step {found.step} is used instead", stacklevel=2)
         return found
 
+    def set_aside(self, found: Checkpoint | None) -> None:
+        """Move what is newer than a checkpoint of this run out of the way of `auto`.
+
+        A run that begins anew, or further back, and is killed before its first save would otherwise
+        go on from what it had left behind.
+        """
+        is_own = found is not None and found.directory.resolve().parent == self.root.resolve()
+        sequence = found.record.sequence if found is not None and is_own else 0
+        on_first(self._world, partial(set_aside, self.root, sequence))
+
     def _save(
         self,
         step: int,
@@ -240,8 +250,10 @@ class Checkpoints:
         metric: float | None,
         is_last: bool,
     ) -> None:
+        self._succeeded = False
         try:
             self._commit(step, tensors, state, metric)
+            self._succeeded = True
         except (OSError, ValueError) as error:
             message = f"{self.root / f'step-{step}'} cannot be written: {error}"
             if is_last:
@@ -308,6 +320,15 @@ def group_hash(checkpoint: Checkpoint, group: str) -> str:
     return checkpoint.shards.hash(group)
 
 
+def _own(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """What this rank writes: its parts of the sharded tensors, its share of the others."""
+    return {
+        name: tensor
+        for i, (name, tensor) in enumerate(tensors.items())
+        if is_sharded(tensor) or i % world.num_ranks == world.rank
+    }
+
+
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU, sharded as the tensors are, that nothing else refers to."""
     copies = {
@@ -358,33 +379,3 @@ def _seal(root: Path, record: Record) -> None:
     files = {**record.files, STATE: hash_file(temporary / STATE)}
     write(temporary / MANIFEST, manifest_text(files))
     publish(root, temporary, record.step)
-
-
-def _check_shared(root: Path, world: World) -> None:
-    """Refuse a directory that is another one on another node."""
-    if world.num_ranks == 1:
-        return
-    name = world.broadcast(f".tmp-seen-by-all-{secrets.token_hex(4)}")
-
-    def leave_token() -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        write(root / name, "")
-
-    on_first(world, leave_token)
-    blind = [rank for rank, seen in enumerate(world.gather(_comes(root / name))) if not seen]
-    if world.is_first:
-        (root / name).unlink(missing_ok=True)
-    if blind:
-        raise ValueError(
-            f"{root} is not the same directory for all ranks: {name}, written by rank 0, is not "
-            f"seen by rank {blind[0]}; set `out` to a directory that all nodes share"
-        )
-
-
-def _comes(path: Path) -> bool:
-    end = time.monotonic() + _TO_BE_SEEN_S
-    while not path.exists():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from latentdiff.training.manifest import Record, directories, read_record
@@ -113,6 +115,29 @@ def next_sequence(root: Path) -> int:
         except (ValueError, OSError):  # one bad checkpoint must not keep new ones from being saved
             continue
     return highest + 1
+
+
+def set_aside(root: Path, sequence: int) -> None:
+    """Move checkpoints that were saved after the one of this sequence into a folder of their own.
+
+    Raises:
+        OSError: they cannot be moved.
+    """
+    newer: list[Path] = []
+    for directory in root.glob("step-*"):
+        try:
+            is_newer = read_record(directory).sequence > sequence
+        except ValueError:  # broken, or of an earlier version
+            is_newer = True
+        if is_newer:
+            newer.append(directory)
+    if newer:
+        folder = Path(
+            tempfile.mkdtemp(prefix=f"aside-{datetime.now(UTC):%Y%m%d-%H%M%S}-", dir=root)
+        )
+        for directory in newer:
+            directory.rename(folder / directory.name)
+        (root / LATEST).unlink(missing_ok=True)
 
 
 def clean(root: Path) -> None:

@@ -37,7 +37,7 @@ from latentdiff.training.optim import (
 from latentdiff.training.plan import sample_flops
 from latentdiff.training.positions import PositionLog
 from latentdiff.training.preemption import Agreement, StopRequests
-from latentdiff.training.restoring import restore_loader
+from latentdiff.training.restoring import after_restart, restore_loader
 from latentdiff.training.trainee import check_words, export, new_trainee
 from latentdiff.training.watchdog import LONG_S, Watchdog
 
@@ -82,7 +82,10 @@ def _train(
         check_sharded(config.optimizer.kind)
     keep = Keep(loop.keep_checkpoints, loop.keep_every, loop.keep_best)
     checkpoints = Checkpoints(out / "checkpoints", world, keep, loop.async_save)
+    resume = after_restart(resume)
     checkpoint = checkpoints.find(resume)
+    if resume != "auto":
+        checkpoints.set_aside(checkpoint)
     loader = Loader(
         config.data,
         config.seed,
@@ -120,6 +123,12 @@ def _train(
         with suppress(ValueError):  # other bins than then: all that is lost is a mean in the log
             checkpoint.restore("meters", meter.tensors())
         reshard(network)
+        checkpoint = None  # its open files would keep their disk space after they are removed
+        if step > loop.num_steps:
+            raise ValueError(
+                f"the checkpoint is of step {step}, and loop.num_steps is {loop.num_steps}; raise "
+                "that, resume an earlier checkpoint by its path, or give another `out`"
+            )
     cache = None
     if config.cache_latents:
         cache = LatentCache.encode(model.autoencoder, loader, world.device)
@@ -127,7 +136,7 @@ def _train(
     pace = Pace(world, step, *_flops(config, world))
     agreement = Agreement(world, requests)
 
-    stopped, saved, first = False, step, step
+    stopped, saved, logged, first = False, step, step, step
     with ExitStack() as stack:
         stack.callback(checkpoints.close)
         log = stack.enter_context(
@@ -143,11 +152,8 @@ def _train(
             watchdog.at("save", step, LONG_S)
             health.check(step)
             total = sum_accounts(feed.account, world, config.data.max_bad_rate)
-            if world.is_first:
-                write_ledger(out, total, step)
-            if positions is not None:
-                positions.merge()
             meter.fold(world)
+            tensors = groups() | {"meters": meter.tensors()}
             state = {
                 "loader": feed.state(step),
                 "tokenizer": trainee.words,
@@ -155,7 +161,10 @@ def _train(
                 "config": config.model_dump(mode="json"),
             }
             try:
-                tensors = groups() | {"meters": meter.tensors()}
+                if world.is_first:
+                    write_ledger(out, total, step)
+                if positions is not None:
+                    positions.merge()
                 checkpoints.save(step, tensors, state, metric, is_last)
             except OSError as error:
                 raise RunEnded(SAVE_FAILED, str(error)) from error
@@ -166,6 +175,7 @@ def _train(
                 micros = feed.next_step(_wants_to_stop(requests, world))
             if micros is None:
                 stopped = True
+                watchdog.at("save", step, LONG_S)
                 break
             watchdog.at("step", step + 1, LONG_S if step == first else None)  # it may compile
             meter.begin_step()
@@ -192,20 +202,22 @@ def _train(
                 scalars = meter.read(world)
                 scalars |= {"grad_norm": norm.item(), "lr": rate}
                 scalars["update_ratio"] = update_ratio(before, weights.values(), world).item()
-                scalars |= health.scalars() | pace.read(step, scalars.pop("samples"))
+                del scalars["samples"]  # some may be from before a resume: no rate can come of them
+                scalars |= health.scalars() | pace.read(step, (step - logged) * loop.batch_size)
                 log.scalars(step, scalars)
+                logged = step
             if is_logged or trainee.home.type == "cpu":
                 health.check(step)
             metric = None
-            if looks.is_due(step) and not stopped:  # who is asked to stop has little time
+            is_last = step == loop.num_steps
+            if looks.is_due(step) and (is_last or not stopped):  # who is to stop has little time
                 with pace.paused(), averaged(ema, network):
                     metric = looks.look(step, log)
-            is_last = step == loop.num_steps
             if step % loop.checkpoint_every == 0 or is_last:
                 with pace.paused():
-                    save(is_last, metric)
+                    save(is_last or stopped, metric)
                 saved = step
-        if stopped and saved < step:
+        if stopped and (saved < step or not checkpoints.wait()):
             save(is_last=True)
     agreement.close()
     if stopped and step < loop.num_steps:

@@ -17,6 +17,7 @@ from data_pipelines.draws import Draws
 from data_pipelines.ledger import BadSample, Ledger, Skip
 from data_pipelines.loader import Loader
 from latentdiff.parallel import World
+from latentdiff.training.feed import check_same_data
 
 T = TypeVar("T")
 
@@ -95,6 +96,7 @@ def read_held_out(
     Raises:
         ValueError: there is none that can be used, or (TooManyBadSamples) too many cannot.
     """
+    check_same_data(loader, world)
     total = -(-len(loader) // chunk_size)
     chunks: dict[int, T] = {}
     skips: list[Skip] = []

@@ -117,8 +117,12 @@ class _TensorBoard:
     def __init__(self, out: Path, first_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
+        folder = out / "tensorboard"
+        if first_step == 0:  # of a run that starts over
+            for old in folder.glob("events.out.tfevents.*"):
+                old.unlink()
         # the reader drops what it has of steps from this one on
-        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

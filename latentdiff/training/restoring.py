@@ -1,9 +1,22 @@
-"""Does a checkpoint go on with the data that it was saved with?"""
+"""From where does a run go on, and with the data that its checkpoint was saved with?"""
 
 from __future__ import annotations
 
+import os
+
 from data_pipelines.loader import Loader
 from latentdiff.training.checkpoint import Checkpoint
+
+_STARTED_AGAIN = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
+
+def after_restart(resume: str) -> str:
+    """`auto` where torchrun or SLURM has started the run again by the command of its first start.
+
+    That start began anew, or at some checkpoint, if `resume` says so; this one goes on from what it
+    has done since.
+    """
+    return "auto" if any(int(os.environ.get(name, "0")) for name in _STARTED_AGAIN) else resume
 
 
 def restore_loader(checkpoint: Checkpoint, loader: Loader) -> None:

@@ -83,7 +83,8 @@ def new_trainee(config: DiffusionRun, loader: Loader, world: World, *, anew: boo
     if config.parallel.compile:
         for block in blocks:
             block.compile()
-    shared = wrap(network, blocks, config.parallel, config.loop.precision, world)
+    precision, deterministic = config.loop.precision, config.loop.deterministic
+    shared = wrap(network, blocks, config.parallel, precision, world, deterministic)
     weights = {name: w for name, w in network.named_parameters() if w.requires_grad}
     return Trainee(model, shared, weights, config)
 

@@ -37,6 +37,7 @@ from latentdiff.training.preemption import StopRequests
 GRACE_S = 8.0  # from a signal to the next step boundary
 LONG_S = 3600.0  # an allowance for phases that are long and rare: start, compile, validation, save
 _POLL_S = 0.1
+_SHORT = ("data", "step")  # phases that end soon, or something is wrong; looks and saves take long
 _PAUSE_S = 5.0  # a gap between two looks at the clock: this process itself was stopped, and goes on
 _SETTLE_S = 2.0  # for the main thread to end by itself, after another rank has said the run ends
 _LAST_S = 15.0  # for a process of several that has an error to end by itself
@@ -94,7 +95,7 @@ class Watchdog:
         self._broke = float("inf")  # when the connection to it did
         self._heard_beats = now
         self._resumed = now
-        self._saved = -float("inf")  # when the loop was last seen to save
+        self._saved = -float("inf")  # when the loop was last seen to save, or to look
         self._warned: tuple[str, int] | None = None
         self._told: tuple[Ending, float] | None = None
         self._attentive = threading.Event()
@@ -109,7 +110,7 @@ class Watchdog:
         Costs a microsecond. Coming to the same phase again is progress too.
 
         Args:
-            phase: what comes now. During `save` the grace after a signal does not run.
+            phase: what comes now. The grace after a signal runs in `data` and `step` alone.
             step: optimiser step that it belongs to.
             allowance_s: how long it may take; None for `timeout_s`.
         """
@@ -294,7 +295,7 @@ class Watchdog:
         since = self._requests.since
         if since is None:
             return None
-        if self._progress.phase == "save":
+        if self._progress.phase not in _SHORT:
             self._saved = now
             return None
         waited_s = now - max(since, self._saved)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from img2dataset import download  # pyright: ignore[reportAttributeAccessIssue]
+from img2dataset import download  # pyright: ignore[reportAttributeAccessIssue]  # pyright takes the folder
 
 NUM_PICTURES = 12
 PORT = 18_080  # stands in the URLs that are kept

@@ -92,7 +92,7 @@ class FaultServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server: FaultServer  # pyright: ignore[reportIncompatibleVariableOverride]
+    server: FaultServer  # pyright: ignore[reportIncompatibleVariableOverride]  # it serves no other
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

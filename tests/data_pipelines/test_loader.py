@@ -181,9 +181,9 @@ def test_ranks_together_keep_one_ledger(two: dict[str, Any]) -> None:
 def test_an_iterator_that_is_left_leaves_no_threads(shards: str) -> None:
     before = set(threading.enumerate())
     for count in (0, 1, 3):
-        iterator = iter(Loader(config(shards, num_workers=2, size_px=16), 0, 8))
+        iterator: Any = iter(Loader(config(shards, num_workers=2, size_px=16), 0, 8))
         list(islice(iterator, count))
-        iterator.close()  # pyright: ignore[reportAttributeAccessIssue]
+        iterator.close()
     assert set(threading.enumerate()) <= before
 
 

@@ -53,7 +53,8 @@ def test_a_store_that_goes_away_is_counted(tmp_path: Path, server: FaultServer) 
     while not (batch := next(iterator)).valid.all():  # what was under way already
         assert batch.step < 4
     assert set(loader.ledger.counts) == {"network"}
-    for key, caption, pixels in zip(batch.keys, batch.captions, batch.pixels, strict=True):  # pyright: ignore[reportArgumentType]
+    assert batch.pixels is not None
+    for key, caption, pixels in zip(batch.keys, batch.captions, batch.pixels, strict=True):
         assert caption == caption_of(int(key))
         assert np.array_equal(pixels, pixels_of(int(key)))
 

@@ -8,6 +8,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -213,8 +214,8 @@ def test_a_copy_that_another_process_takes_away(
     reader.cache.fetch(url, len(DATA))
     found = type(reader.cache).path
 
-    def path(self: object, url: str, num_bytes: int) -> Path | None:
-        copy = found(self, url, num_bytes)  # pyright: ignore[reportArgumentType]
+    def path(self: Any, url: str, num_bytes: int) -> Path | None:
+        copy = found(self, url, num_bytes)
         if copy is not None:
             copy.unlink()
         return copy

@@ -215,10 +215,11 @@ def test_values_that_are_no_numbers_are_missing(tmp_path: Path) -> None:
 
 
 def text_of(stats: Stats) -> str:
-    console = Console(file=StringIO(), width=160)
+    text = StringIO()
+    console = Console(file=text, width=160)
     for line in report_lines(stats):
         console.print(line)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return text.getvalue()
 
 
 def test_report(stats: Stats) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from latentdiff.configtraining import ParallelConfig
 from latentdiff.parallel import World, is_sharded, join, leave, whole, wrap
 from latentdiff.training import checkpoint as module
+from latentdiff.training import shared
 from latentdiff.training.checkpoint import Checkpoints, group_hash
 from latentdiff.training.commit import Keep
 from latentdiff.training.shards import tensors_hash
@@ -106,7 +107,7 @@ def fail(root: Path, mode: dict[str, Any], world: World) -> dict[str, Any]:
 
 def blind(root: Path, mode: dict[str, Any], world: World) -> dict[str, Any]:
     """Each rank has a directory of its own."""
-    module._TO_BE_SEEN_S = 0.2
+    shared._TO_BE_SEEN_S = 0.2
     own = root / f"node-{world.rank}"
     return {"raised": told(lambda: Checkpoints(own, world, Keep(1)).save(1, {}, {}))}
 

@@ -1,15 +1,14 @@
 """A program for test_ranks.py: two real ranks judge faults, sum losses and weigh updates.
 
-Usage: python ranks_driver.py MODE PORT. The ranks are forked, so that torch is imported once;
-prints a line of JSON a rank.
+Usage: torchrun --nproc-per-node=2 ranks_driver.py MODE OUT. Each rank writes OUT/rank-<rank>.json.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from latentdiff.parallel import World, gradient_norm, join, leave, local, wrap
 from latentdiff.training.health import Diverged, Health
 from latentdiff.training.meters import LossMeter, snapshot, update_ratio
 
-NUM_RANKS = 2
 FAULTS = {"nan": float("nan"), "inf": float("inf"), "spike": 100.0}
 HEALTH = HealthConfig(spike_factor=10.0, spike_warmup=3, max_skips=3)
 
@@ -88,45 +86,21 @@ def measure(parallel: ParallelConfig, world: World) -> dict[str, Any]:
     return {"losses": meter.read(world), "ratio": ratio}
 
 
-def run(rank: int, mode: Any, port: str) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(NUM_RANKS),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=port,
-    )
+def main(mode: Any) -> dict[str, Any]:
     parallel = ParallelConfig(mode=mode, timeout_s=60)
     world = join("cpu", parallel)
-    result: dict[str, Any] = {"measured": measure(parallel, world)}
+    result: dict[str, Any] = {"rank": world.rank, "measured": measure(parallel, world)}
     for name, factor in FAULTS.items():
-        for where in range(NUM_RANKS):
+        for where in range(world.num_ranks):
             once = {5: {where: factor}}
             result[f"{name} on {where}"] = train(parallel, world, 7, once)
     # one rank after the other, to the limit: nothing is taken after it
     to_the_limit = {step: {step % 2: FAULTS["nan"]} for step in (4, 5, 6)}
     result["limit"] = train(parallel, world, 8, to_the_limit)
-    print(json.dumps({"rank": rank, **result}), flush=True)
     leave()
-
-
-def main(mode: str, port: str) -> int:
-    """Fork the ranks; 0 if all ended well."""
-    torch.set_num_threads(1)
-    children = []
-    for rank in range(NUM_RANKS):
-        if (pid := os.fork()) == 0:
-            code = 1
-            try:
-                run(rank, mode, port)
-                code = 0
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(pid)
-    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0 for pid in children)
+    return result
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    found = main(sys.argv[1])
+    (Path(sys.argv[2]) / f"rank-{found['rank']}.json").write_text(json.dumps(found))

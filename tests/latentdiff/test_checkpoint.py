@@ -372,3 +372,22 @@ def test_a_checkpoint_that_cannot_be_read_now_stays(
     with pytest.warns(UserWarning, match=r"step-1 is kept, for it cannot be read: .*Input/output"):
         save(tmp_path, 3, keep=1)
     assert steps(tmp_path) == {1, 3}
+
+
+def test_what_is_newer_than_the_start_is_set_aside(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, ALONE, Keep(9))
+    for step in (10, 20, 30):
+        checkpoints.save(step, {"model": {"w": torch.full((2,), float(step))}}, {})
+    found = checkpoints.find(str(tmp_path / "step-20"))
+    checkpoints.set_aside(found)  # a run that goes back to step 20, and is killed at once
+    again = checkpoints.find("auto")
+    assert again is not None and again.step == 20
+    (aside,) = tmp_path.glob("aside-*")
+    assert [path.name for path in aside.iterdir()] == ["step-30"]
+    checkpoints.set_aside(None)  # one that begins anew
+    assert checkpoints.find("auto") is None
+    assert sorted(path.name for path in tmp_path.glob("aside-*/step-*")) == [
+        "step-10",
+        "step-20",
+        "step-30",
+    ]

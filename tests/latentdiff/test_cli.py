@@ -37,7 +37,7 @@ def test_help_lists_every_command_and_imports_none(run_python: Any) -> None:
         "print([name for name in sys.modules if name.startswith('latentdiff.')]); sys.exit(code)",
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "['latentdiff.cli']"
+    assert done.stdout.splitlines()[-1] == "['latentdiff.exitcodes', 'latentdiff.cli']"
     for name, entry in cli.COMMANDS.items():
         assert name in done.stdout
         assert entry.summary in done.stdout
@@ -207,6 +207,6 @@ def test_config_with_a_typo_names_the_key(run_latentdiff: Any) -> None:
     done = run_latentdiff("config", "vae_emoji", "optimizer.lrr=1e-3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
-        "error: optimizer.lrr: unknown key; did you mean optimizer.lr? known keys: lr, betas, "
+        "error: optimizer.lrr: unknown key; did you mean optimizer.lr? known keys: kind, lr, "
     )
     assert done.stderr.count("\n") == 1

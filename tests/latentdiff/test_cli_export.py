@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ from checkpoint_rig import ALONE, contents, save
 from export_rig import average, distance, loop, pixel_run, step_of, weights
 from safetensors.torch import load_file
 from tinyruns import tiny_diffusion_run
+from torchrun import torchrun
 
 from latentdiff.cli import run as command
 from latentdiff.config import DiffusionRun
@@ -29,7 +26,6 @@ from latentdiff.training.diffusion import train_diffusion
 from latentdiff.training.exporting import export_checkpoint
 
 LENGTHS = (0.1, 0.05, 0.12)
-DRIVER = Path(__file__).parent / "train_ranks.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -148,16 +144,7 @@ def test_a_sharded_run_exports_what_it_exported_itself(
     ema = {"kind": "power", "sigma_rel": [0.2, 0.1]}
     run = pixel_run(assets, tmp_path / "run", 2, parallel={"mode": "fsdp"}, ema=ema)
     (tmp_path / "run.yaml").write_text(dump_config(run))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    done = subprocess.run(
-        [sys.executable, str(DRIVER), str(tmp_path / "run.yaml"), port],
-        env={**os.environ, "PYTHONPATH": str(DRIVER.parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = torchrun(2, ["-m", "latentdiff", "train", "--config", str(tmp_path / "run.yaml")])
     assert done.returncode == 0, done.stderr
     saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "step-2")
     assert saved.record.num_ranks == 2 and saved.shards.num_sharded() > 50

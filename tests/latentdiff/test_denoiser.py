@@ -260,14 +260,14 @@ def test_the_training_target_leads_back_to_clean(name: str, prediction: str) -> 
 @pytest.mark.parametrize("prediction", [name for name in PREDICTIONS if name != "epsilon"])
 def test_sampling_starts_where_nothing_is_left_of_the_data(name: str, prediction: str) -> None:
     """The first step shows the network noise and the last time; its answer is the clean sample."""
-    schedule = SCHEDULES[name]
+    schedule: Any = SCHEDULES[name]
     clean, noise = random(2, 3, 4)
     network = Perfect(schedule, prediction, clean, noise)
     sigma = step_grid(schedule, 20)[0]
     x = noise * schedule.start_scale(sigma)
     denoised = NetworkDenoiser(network, schedule, prediction)(x, sigma, None)
     torch.testing.assert_close(network.noisy, noise)
-    last = schedule.num_timesteps - isinstance(schedule, NoiseSchedule)  # pyright: ignore
+    last = schedule.num_timesteps - isinstance(schedule, NoiseSchedule)
     assert network.t.tolist() == [last] * 3
     # sigma stands for infinity, so that a share of 1 / sigma of x is taken for signal
     assert bool(((denoised - clean).abs() <= 1.01 * (clean.abs() + noise.abs()) / sigma).all())

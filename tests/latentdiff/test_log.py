@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def logging(*to: str, **values: Any) -> LoggingConfig:
 
 def write(out: Path, first: int, last: int, *to: str, **values: Any) -> None:
     """Steps first + 1 to last, of which each writes its own number."""
+    if "tensorboard" in to and first:
+        time.sleep(1.1)  # its files are read in the order of their names, which have seconds
     with RunLog(out, SomeRun(), 10, first, logging(*to, **values)) as log:
         for step in range(first + 1, last + 1):
             log.scalars(step, {"loss": step / 8, "part/a": -step / 3})

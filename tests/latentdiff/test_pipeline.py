@@ -135,8 +135,8 @@ def test_opens_what_diffusers_saved(tiny_model: Path, tmp_path: Path) -> None:
     theirs: Any = StableDiffusionPipeline(
         vae=AutoencoderKL(
             block_out_channels=(8, 8),  # pyright: ignore[reportArgumentType]  # their hint: one
-            down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
-            up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
+            down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]  # so too
+            up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]  # so too
             latent_channels=4,
             norm_num_groups=4,
             scaling_factor=0.18215,
@@ -161,7 +161,7 @@ def test_opens_what_diffusers_saved(tiny_model: Path, tmp_path: Path) -> None:
             steps_offset=1,
         ),
         safety_checker=None,  # pyright: ignore[reportArgumentType]  # None is what they document
-        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]  # likewise
         requires_safety_checker=False,
     )
     theirs.save_pretrained(tmp_path / "sd")

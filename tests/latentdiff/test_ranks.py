@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torchrun import ROOT, torchrun
 
-DRIVER = Path(__file__).parent / "ranks_driver.py"
+DRIVER = str(ROOT / "tests" / "latentdiff" / "ranks_driver.py")
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """What each rank printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    done = subprocess.run(
-        [sys.executable, str(DRIVER), request.param, port],
-        env={**os.environ, "PYTHONPATH": str(DRIVER.parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """What each rank found."""
+    out = tmp_path_factory.mktemp("ranks")
+    done = torchrun(2, [DRIVER, request.param, str(out)])
     assert done.returncode == 0, done.stderr
-    return sorted(map(json.loads, done.stdout.splitlines()), key=lambda found: found["rank"])
+    return [json.loads((out / f"rank-{i}.json").read_text()) for i in range(2)]
 
 
 @pytest.mark.parametrize("where", [0, 1])
