@@ -185,9 +185,11 @@ def test_wandb_needs_no_account_offline(tmp_path: Path) -> None:
         log.scalars(1, {"loss": 0.123456789})
         log.picture(1, "grid", Image.new("RGB", (4, 4)))
     (file,) = wandb_files(tmp_path)
-    data = file.read_bytes()
-    for text in (b"0.123456789", b"loss", b"named", b"latentdiff", b"lr"):
-        assert text in data
+    wanted = (b"0.123456789", b"loss", b"named", b"latentdiff", b"lr")
+    end = time.monotonic() + 60  # its own process writes
+    while missing := [text for text in wanted if text not in file.read_bytes()]:
+        assert time.monotonic() < end, missing
+        time.sleep(0.2)
     assert list(file.parent.rglob("*.png"))
 
 
