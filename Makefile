@@ -11,7 +11,7 @@ INSTALLED_DEV := .venv/.installed-dev
 export LATENTDIFF_PROMPT := $(value PROMPT)
 unexport PROMPT
 
-.PHONY: help sample test campaign format
+.PHONY: help sample test campaign gpu format
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -33,6 +33,11 @@ test: $(INSTALLED_DEV)
 # Hours: every fault of docs/faults.md. Stopped, it goes on where it was.
 campaign: $(INSTALLED_DEV)
 	$(BIN)/python benchmarks/faults.py --out docs
+
+# With a GPU, about 15 minutes: the tests that need one, then speed at Stable Diffusion's size.
+gpu: $(INSTALLED_DEV)
+	$(BIN)/pytest -m gpu
+	$(BIN)/python benchmarks/train.py all --size sd1 --out docs
 
 format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix-only .

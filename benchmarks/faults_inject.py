@@ -8,6 +8,7 @@ fsync, whatever code does the saving.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ Prelude = Callable[[int], None]
 # What changes a disk, as Python tells it; `open` counts where it is for writing.
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate",
            "shutil.rmtree")  # fmt: skip
+_RANDOM = re.compile(r"(?<=-)[0-9a-f]{8}$")
 
 
 def recording(folder: Path, to: Path) -> Prelude:
@@ -116,9 +118,9 @@ def _absolute(name: str, descriptor: int) -> str:
 
 
 def _short(path: str, root: str) -> str:
-    """Below the root, and without numbers that differ between starts."""
+    """Below the root, and without what differs between starts: process ids, random names."""
     below = f"{path}{os.sep}".removeprefix(root).rstrip(os.sep)
-    return below.replace(str(os.getpid()), "PID") or "."
+    return _RANDOM.sub("RANDOM", below.replace(str(os.getpid()), "PID")) or "."
 
 
 def stalling_data(step: int, rank: int | None, seconds: float) -> Prelude:

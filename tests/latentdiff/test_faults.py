@@ -211,6 +211,14 @@ def test_a_spoiled_loss_is_spoiled_on_one_rank_in_some_steps(
     assert gradients() == [3, 300, 3]
 
 
+def test_a_point_has_one_name_in_every_start(part: Any) -> None:
+    short = part("faults_inject")._short
+    assert short("/run/checkpoints", "/run/checkpoints/") == "."
+    assert short("/run/checkpoints/.tmp-step-4/a", "/run/checkpoints/") == ".tmp-step-4/a"
+    assert short(f"/c/x.{os.getpid()}.part", "/c/") == "x.PID.part"
+    assert short("/c/.tmp-seen-by-all-f8fe4373", "/c/") == ".tmp-seen-by-all-RANDOM"
+
+
 def test_nothing_of_a_run_is_left_after_a_kill(part: Any, tmp_path: Path) -> None:
     """Its ranks have sessions of their own, as torchrun's have, and ignore SIGTERM."""
     start = part("faults_start")
