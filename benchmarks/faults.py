@@ -157,6 +157,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--trials", type=int, help="of each fault at most; evenly chosen")
     parser.add_argument("--match", default="", help="only trials with this in their name")
     parser.add_argument("--again", action="store_true", help="try failed trials once more")
+    parser.add_argument("--report", action="store_true", help="try nothing: show what was tried")
     parser.add_argument("--out", type=Path, help="folder for faults.md")
     parser.add_argument("--work", type=Path, help="instead of outputs/faults/CODE")
     parser.add_argument("--shards", type=int, default=NUM_SHARDS, help="of 100 pairs, in the rig")
@@ -165,7 +166,10 @@ def main(argv: Sequence[str]) -> int:
     work = (options.work or ROOT / "outputs" / "faults" / code).absolute()
     faults = options.only or [*FAULTS]
     bench = prepare(work, options.shards)
-    entries = campaign(bench, work, faults, options.trials, options.match, options.again)
+    if options.report:
+        entries = list(read_results(work / "results.jsonl").values())
+    else:
+        entries = campaign(bench, work, faults, options.trials, options.match, options.again)
     sizes = in_child(lambda: describe(bench.rig))
     page = write_report(entries, sizes, code, options.out)
     print(f"\n{page}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import platform
 import shlex
@@ -101,8 +102,9 @@ def _beside(made: Made, plan: Plan, peer: str) -> dict[str, Any]:
 
 def levers(made: Made, plan: Plan) -> dict[str, Any]:
     """The step with one lever pulled at a time, beside the step with none."""
+    is_bf16 = plan.precision == "bf16"
     plain = {
-        "loop.precision": "fp32",
+        "loop.precision": plan.precision,
         "loop.channels_last": False,
         "ema.every": 1,
     }
@@ -113,7 +115,9 @@ def levers(made: Made, plan: Plan) -> dict[str, Any]:
 
     ways = {
         "precomputed latents": replace(base, stored=True),
-        "bf16 autocast": pulled(**{"loop.precision": "bf16"}),
+        "float32 for bf16" if is_bf16 else "bf16 autocast": pulled(
+            **{"loop.precision": "fp32" if is_bf16 else "bf16"}
+        ),
         "channels-last": pulled(**{"loop.channels_last": True}),
         "fused AdamW": replace(base, fused=True),
         "EMA every 10 steps": pulled(**{"ema.every": 10}),
@@ -134,7 +138,7 @@ def levers(made: Made, plan: Plan) -> dict[str, Any]:
         }
         result = race(pair, made.device, made.size.batch_size, plan.rounds, plan.seconds)
         found[name] = {**result, "ratio": _ratio(result, name, "base")}
-    return {"levers": found}
+    return {"levers": found, "precision": plan.precision}
 
 
 def batches(made: Made, plan: Plan) -> dict[str, Any]:
@@ -154,12 +158,13 @@ def batches(made: Made, plan: Plan) -> dict[str, Any]:
 def loop(made: Made, plan: Plan) -> dict[str, Any]:
     """The trainer beside the bare step, with averages at every step and at every tenth."""
     steps = 2 if plan.rounds == 1 else 25
+    rounds = plan.rounds if made.device.type == "cuda" else 2 * plan.rounds - 1  # noisier
     found = {}
     for name, every in (("EMA at every step", 1), ("EMA every 10 steps", 10)):
         if plan.is_over:
             found[name] = {"error": "not run: out of time"}
             continue
-        found[name] = overhead(made, {**plan.best, "ema.every": every}, plan.rounds, steps)
+        found[name] = overhead(made, {**plan.best, "ema.every": every}, rounds, steps)
     return {"loops": found}
 
 
@@ -251,13 +256,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--px", type=int, help="side of the pictures, instead of the size's own")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: bf16 on CUDA")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing new after them")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="begin nothing new after them; default: 9 on CUDA, else no end",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the two files")
     parser.add_argument("--scratch", type=Path, help="folder for what is made")
     parser.add_argument("--quick", action="store_true", help="small sizes: numbers mean nothing")
     options = parser.parse_args(argv)
     device = resolve_device(options.device)
     is_cuda = device.type == "cuda"
+    minutes = options.minutes or (9.0 if is_cuda else math.inf)
     quiet_libraries()
     if not is_cuda:
         torch.set_num_threads(1)
@@ -272,7 +282,7 @@ def main(argv: list[str]) -> None:
         options.precision or ("bf16" if is_cuda else "fp32"),
         1 if options.quick else 5,
         0.01 if options.quick else 3.0,
-        time.monotonic() + 60 * options.minutes,
+        time.monotonic() + 60 * minutes,
     )
     numbers = read_numbers(options.out)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:

@@ -77,7 +77,9 @@ def race(
             racers[name] = start(build, device)
         except torch.cuda.OutOfMemoryError:
             found[name] = {"error": "out of memory"}
-            release(device)
+        if name in found:  # what the exception held is free by now
+            gc.collect()
+            torch.cuda.empty_cache()
     counts = {name: _count(racer, device, seconds) for name, racer in racers.items()}
     for _ in range(rounds):
         for name, racer in racers.items():

@@ -149,8 +149,8 @@ def _levers(part: Numbers) -> Iterator[str]:
     yield "### Levers, one at a time"
     yield ""
     yield (
-        "Each beside the step without any: pictures encoded in the step, float32, contiguous, "
-        "PyTorch's default AdamW, EMA at every step, not compiled."
+        f"Each beside the step without any: pictures encoded in the step, {part['precision']}, "
+        "contiguous, PyTorch's default AdamW, EMA at every step, not compiled."
     )
     yield ""
     rows = []
