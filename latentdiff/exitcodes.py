@@ -9,7 +9,7 @@ from __future__ import annotations
 STALLED = 69  # EX_UNAVAILABLE: a rank came to no step any more; start again
 DIVERGED = 70  # EX_SOFTWARE: too many steps in a row could not be taken; change the config
 SAVE_FAILED = 74  # EX_IOERR: the last checkpoint could not be written; make room, start again
-PREEMPTED = 75  # EX_TEMPFAIL: asked to stop, checkpoint written; start again
+PREEMPTED = 75  # EX_TEMPFAIL: asked to stop; a valid checkpoint is there; start again
 
 
 class RunEnded(Exception):
