@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from latentdiff import __version__
-from latentdiff.exitcodes import RunEnded
+from latentdiff.exitcodes import INTERRUPTED, USERS_MISTAKE, RunEnded
 
 DEBUG_VARIABLE = "LATENTDIFF_DEBUG"  # set to 1 for the traceback of an error
 _OUR_PACKAGES = ("latentdiff", "vae", "data_pipelines")
@@ -115,7 +115,7 @@ def run(arguments: Sequence[str]) -> int:
         hint = f" (see {context.command_path} --help)" if context else ""
         return _fail(error, f"{message}{hint}", error.exit_code)
     except typer.Abort as error:
-        return _fail(error, "stopped", 130)
+        return _fail(error, "stopped", INTERRUPTED)
     except OSError as error:
         place = f"{error.filename}: " if error.filename is not None else ""
         return _fail(error, f"{place}{error.strerror}" if error.strerror else str(error))
@@ -123,12 +123,12 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(error, str(error))
     except RunEnded as error:
         return _fail(error, str(error), error.code)
-    if code == 130:  # typer's word for Ctrl-C
+    if code == INTERRUPTED:  # typer's word for Ctrl-C
         print("\nstopped", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 
-def _fail(error: BaseException, message: str, code: int = 2) -> int:
+def _fail(error: BaseException, message: str, code: int = USERS_MISTAKE) -> int:
     """Prints one error, and where it came from if the user asks to debug."""
     if os.environ.get(DEBUG_VARIABLE) == "1":
         raise error

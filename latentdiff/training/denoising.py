@@ -50,6 +50,20 @@ class Denoising(nn.Module):
         return as_network(self.unet, self._channels_last)(noisy, t, cond)
 
 
+def blocks_of(unet: Any, text: TextEncoder | None) -> list[nn.Module]:
+    """What is gathered, compiled and computed again as one.
+
+    Args:
+        unet: of diffusers.
+        text: the text tower, where it is trained too.
+    """
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    if text is not None:
+        tower = getattr(text.model, "text_model", text.model)
+        blocks += tower.encoder.layers
+    return blocks
+
+
 class BatchLoss(NamedTuple):
     """What a micro-batch comes to.
 

@@ -12,10 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from latentdiff.exitcodes import RunEnded
-
-_USERS_MISTAKE = 2
-_INTERRUPTED = 130
+from latentdiff.exitcodes import INTERRUPTED, USERS_MISTAKE, RunEnded
 
 
 @dataclass(frozen=True)
@@ -54,9 +51,9 @@ def code_of(error: BaseException) -> int:
         case RunEnded():
             return error.code
         case ValueError() | OSError() | FloatingPointError():
-            return _USERS_MISTAKE
+            return USERS_MISTAKE
         case KeyboardInterrupt():
-            return _INTERRUPTED
+            return INTERRUPTED
         case SystemExit(code=int(code)):
             return code
         case _:

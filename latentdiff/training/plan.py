@@ -14,6 +14,7 @@ from latentdiff.devices import autocast
 from latentdiff.flops import forward_flops, training_flops
 from latentdiff.parallel import World, mode_of
 from latentdiff.text import Conditioning, TextEncoder
+from latentdiff.training.denoising import blocks_of
 from latentdiff.training.memory import (
     Alive,
     Line,
@@ -247,11 +248,9 @@ def _check(config: DiffusionRun, world: World) -> Mode:
 
 def _trained(config: DiffusionRun, shapes: Shapes) -> tuple[list[nn.Parameter], list[int]]:
     """The parameters that are trained, and the numbers in each block of them."""
-    unet, text = shapes.unet, shapes.text
-    trained, blocks = list(unet.parameters()), [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-    if config.train_text and text is not None:
-        trained += text.parameters()
-        blocks += getattr(text.model, "text_model", text.model).encoder.layers
+    text = shapes.text if config.train_text else None
+    trained = [*shapes.unet.parameters(), *([] if text is None else text.parameters())]
+    blocks = blocks_of(shapes.unet, text)
     return trained, [sum(p.numel() for p in block.parameters()) for block in blocks]
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.exitcodes import INTERRUPTED
 from latentdiff.parallel import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-_INTERRUPTED = 130  # what shells call Ctrl-C
 _END = 0  # not the number of a signal: ends the thread that listens
 
 
@@ -89,7 +89,7 @@ class StopRequests:
             self._num_interrupts += 1
             if self._num_interrupts > 1:
                 print("\nstopped", file=sys.stderr, flush=True)
-                os._exit(_INTERRUPTED)
+                os._exit(INTERRUPTED)
         if self.signal is not None:
             return
         self.since = time.monotonic()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from latentdiff.pipeline import Pipeline
 from latentdiff.text import save_tokenizer, train_tokenizer
 from latentdiff.training.captions import vocabulary_captions
 from latentdiff.training.checkpoint import Checkpoint
-from latentdiff.training.denoising import Denoising
+from latentdiff.training.denoising import Denoising, blocks_of
 
 VOCABULARY = "tokenizer"  # where a run directory has the one that the run learned
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -75,7 +74,7 @@ def new_trainee(config: DiffusionRun, loader: Loader, world: World, *, anew: boo
         model.unet.to(memory_format=torch.contiguous_format)
     text = model.text if config.train_text else None
     network = Denoising(model.unet, text, config.loop.channels_last)
-    blocks = _blocks(model, config.train_text)
+    blocks = blocks_of(model.unet, text)
     if config.parallel.activation_checkpointing:
         model.unet.enable_gradient_checkpointing()
         if text is not None:
@@ -206,16 +205,6 @@ def _learn_vocabulary(
             save_tokenizer(words, partial)
     world.barrier()
     return with_vocabulary(config, place)
-
-
-def _blocks(model: Pipeline, with_text: bool) -> list[nn.Module]:
-    """What is gathered, compiled and computed again as one."""
-    unet: Any = model.unet
-    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-    if with_text and model.text is not None:
-        tower = getattr(model.text.model, "text_model", model.text.model)
-        blocks += tower.encoder.layers
-    return blocks
 
 
 def _check(model: Pipeline, loader: Loader, config: DiffusionRun) -> None:

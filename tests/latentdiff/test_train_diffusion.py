@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interrupted import interrupt_in_the_fourth_step
 from PIL import Image
 from safetensors.torch import load_file
 from saved import everything
@@ -18,7 +19,6 @@ from data_pipelines.loader import Loader
 from latentdiff.config import DiffusionRun, load
 from latentdiff.configfile import dump_config
 from latentdiff.pipeline import Pipeline
-from latentdiff.training import diffusion
 from latentdiff.training.checkpoint import Checkpoint, read_checkpoint
 from latentdiff.training.diffusion import train_diffusion
 from latentdiff.training.feed import clean_latents
@@ -120,16 +120,7 @@ def test_interrupted_and_resumed_is_uninterrupted_to_the_bit(
     make_run, whole: DiffusionRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run")
-    lr_at = diffusion.lr_at
-
-    def fail_in_the_fourth_step(step: int, *rest: Any) -> float:
-        if step == 3:
-            raise KeyboardInterrupt
-        return lr_at(step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(diffusion, "lr_at", fail_in_the_fourth_step)
-        train_diffusion(run)
+    interrupt_in_the_fourth_step(run, monkeypatch)
     assert [row["step"] for row in metrics(run)] == [1, 2, 3]
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # as a killed process leaves it

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import interrupt_in_the_fourth_step
 from saved import everything
 from tinyruns import tiny_diffusion_run
 
@@ -60,16 +61,7 @@ def test_a_deterministic_run_resumes_to_the_bit(
     whole = gpu_run(assets, tmp_path / "whole", tiny_autoencoder)
     train_diffusion(whole)
     cut = gpu_run(assets, tmp_path / "cut", tiny_autoencoder)
-    lr_at = diffusion.lr_at
-
-    def fail_in_the_fourth_step(step: int, *rest: Any) -> float:
-        if step == 3:
-            raise KeyboardInterrupt
-        return lr_at(step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(diffusion, "lr_at", fail_in_the_fourth_step)
-        train_diffusion(cut)
+    interrupt_in_the_fourth_step(cut, monkeypatch)
     train_diffusion(cut)
     found, expected = (
         everything(read_checkpoint(Path(run.out) / "checkpoints" / "step-4"))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interrupted import interrupt_in_the_fourth_step
 from PIL import Image
 from saved import everything
 
@@ -18,7 +19,6 @@ from latentdiff.config import DiffusionRun
 from latentdiff.parallel import World
 from latentdiff.pipeline import Pipeline, SamplingDefaults
 from latentdiff.randomness import normal, seed_dropout
-from latentdiff.training import diffusion
 from latentdiff.training.checkpoint import read_checkpoint
 from latentdiff.training.denoising import Denoising
 from latentdiff.training.diffusion import train_diffusion
@@ -142,16 +142,7 @@ def test_dropout_is_exact_over_a_resume(
     loop = {"num_steps": 4, "checkpoint_every": 2, "sample_every": 3}
     whole, cut = (tiny_run(assets, tmp_path / name, loop) for name in ("whole", "cut"))
     train_diffusion(whole)
-    lr_at = diffusion.lr_at
-
-    def fail_in_the_fourth_step(step: int, *rest: Any) -> float:
-        if step == 3:
-            raise KeyboardInterrupt
-        return lr_at(step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(diffusion, "lr_at", fail_in_the_fourth_step)
-        train_diffusion(cut)
+    interrupt_in_the_fourth_step(cut, monkeypatch)
     torch.manual_seed(99)  # nothing of the run may come from the state of the process
     train_diffusion(cut)
     one, other = (read_checkpoint(Path(r.out) / "checkpoints" / "step-4") for r in (whole, cut))
