@@ -28,7 +28,8 @@ from latentdiff.schedule import Schedule
 
 PREDICTIONS = ("epsilon", "v", "sample", "flow", "edm")
 
-Network = Callable[[Tensor, Tensor, Any], Tensor]  # (noisy, t [b], cond) -> prediction
+# (noisy, t, cond) -> prediction; t float32: [b] beside noisy, or one time for all as a CPU scalar
+Network = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 class Denoiser(Protocol):
@@ -44,8 +45,8 @@ class NetworkDenoiser:
     """A trained network as a denoiser.
 
     Attributes:
-        network: (noisy [b, c, ...], t [b], cond) -> prediction like noisy; with learned variance
-            c more channels follow.
+        network: (noisy [b, c, ...], t, cond) -> prediction like noisy, at one time t for all, a
+            scalar on the CPU; with learned variance c more channels follow.
         schedule: the forward process it was trained on.
         prediction: what it predicts: epsilon | v | sample | flow | edm.
 
@@ -80,9 +81,7 @@ class NetworkDenoiser:
         return torch.cat([clean, (rest + 1) / 2], 1)
 
     def _predict(self, x: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
-        # float32 whatever x is: bfloat16 has no 999; sigma is a CPU scalar, so .item() is free
-        time = self.schedule.sigma_to_t(sigma.view(1)).item()
-        t = torch.full((len(x),), time, dtype=torch.float32, device=x.device)
+        t = self.schedule.sigma_to_t(sigma.view(1)).float().squeeze(0)
         output = self.network(x * self.schedule.signal_at(sigma), t, cond).to(x.dtype)
         channels = x.shape[1]
         if output.shape[1] not in (channels, 2 * channels):
@@ -92,6 +91,13 @@ class NetworkDenoiser:
             )
         prediction, rest = output[:, :channels], output[:, channels:]
         return to_clean(prediction, x, sigma, self.prediction, self.schedule.sigma_data), rest
+
+
+def time_of_each(t: Tensor, noisy: Tensor) -> Tensor:
+    """A network's times as [b] beside `noisy`, without a wait: one time for all is on the CPU."""
+    if t.ndim:
+        return t
+    return torch.full((len(noisy),), t.item(), dtype=torch.float32, device=noisy.device)
 
 
 def check_prediction(prediction: str, schedule: Schedule | None = None) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config import SmallTextConfig
+if TYPE_CHECKING:  # whoever only draws has no config
+    from latentdiff.config import SmallTextConfig
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,12 @@ class Conditioning:
     """What the denoiser is told about the text.
 
     Attributes:
-        tokens: [b, n, d] hidden states, for cross-attention.
+        tokens: [b, n, d] hidden states, for cross-attention; or what a network made of them.
+        is_pair: the rows are two halves of guidance, which look at the same noisy samples.
     """
 
     tokens: Tensor
+    is_pair: bool = False
 
     def __len__(self) -> int:
         """Prompts in the batch."""
@@ -59,6 +62,49 @@ class TextEncoder(nn.Module):
     def context_length(self) -> int:
         """Tokens n of a prompt, begin and end included."""
         return self.model.config.max_position_embeddings
+
+    @property
+    def bos_id(self) -> int:
+        """The token that begins a text."""
+        return self.tokenizer.bos_token_id
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """The token that stands behind the end."""
+        return self.tokenizer.pad_token_id
+
+    def ids(self, text: str) -> list[int]:
+        """A text's tokens, however many, without begin and end."""
+        # without `verbose`, transformers warns of what is longer than the tower reads at once
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def hidden(self, token_ids: Tensor, skip_layers: int = 0) -> Tensor:
+        """Token ids [b, n] on any device -> hidden states [b, n, d] after the last layer norm.
+
+        Args:
+            token_ids: as `tokenize` makes them.
+            skip_layers: last layers that are left out: CLIP skip, as diffusers counts it.
+
+        Raises:
+            ValueError: there are not so many layers.
+        """
+        num_layers = self.model.config.num_hidden_layers
+        if not 0 <= skip_layers < num_layers:
+            raise ValueError(
+                f"CLIP skip must be from 0 to {num_layers - 1}, for this text tower has "
+                f"{num_layers} layers; got {skip_layers}; 0 leaves none out"
+            )
+        ids = token_ids.to(self.model.device)
+        if skip_layers == 0:
+            return self.model(ids).last_hidden_state
+        states = self.model(ids, output_hidden_states=True).hidden_states[-1 - skip_layers]
+        # transformers had a text_model in the tower up to 5.3
+        return getattr(self.model, "text_model", self.model).final_layer_norm(states)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> token ids int64 [b, n], padded; what is too long is cut."""
@@ -117,7 +163,8 @@ class TextEncoder(nn.Module):
             tower = words = ""
         try:
             tokenizer = CLIPTokenizer.from_pretrained(source, subfolder=words)
-            return cls(tokenizer, CLIPTextModel.from_pretrained(source, subfolder=tower))
+            model = CLIPTextModel.from_pretrained(source, subfolder=tower, use_safetensors=True)
+            return cls(tokenizer, model)
         except OSError as error:
             if path.is_dir():
                 raise

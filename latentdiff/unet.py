@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.config import UNetConfig
-from latentdiff.denoiser import Network
+from latentdiff.denoiser import Network, time_of_each
 from latentdiff.text import Conditioning
 
 
@@ -103,6 +103,7 @@ def as_network(unet: Any, channels_last: bool | None = None) -> Network:
 
     def predict(noisy: Tensor, t: Tensor, cond: Conditioning | None) -> Tensor:
         noisy = noisy.to(unet.dtype).contiguous(memory_format=memory_format)
+        t = time_of_each(t, noisy)
         if cond is None:
             return unet(noisy, t, return_dict=False)[0]
         tokens = cond.tokens.to(unet.dtype)

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vae.config import AutoencoderConfig, IdentityConfig, KLConfig, TinyConfig
 from vae.latent_norm import LatentNorm
+
+if TYPE_CHECKING:  # whoever only draws has no config
+    from vae.config import AutoencoderConfig, KLConfig, TinyConfig
 
 
 class Autoencoder(nn.Module):
-    """encode / decode around diffusers' AutoencoderKL or AutoencoderTiny, or pixel space.
+    """encode / decode around AutoencoderKL or AutoencoderTiny, diffusers' or lean, or pixel space.
 
     Images are [b, 3, h, w] in [-1, 1]; z is [b, c, h / downscale, w / downscale], normalised by
     `norm`.
 
     Attributes:
-        model: the diffusers network; None in pixel space.
+        model: diffusers' network, or a lean one for inference; None in pixel space.
         norm: the latent's shift and scale.
         latent_channels: c.
         downscale: pixels per latent cell along one side.
@@ -42,11 +44,18 @@ class Autoencoder(nn.Module):
         self.downscale = downscale
 
     @classmethod
+    def identity(cls) -> Autoencoder:
+        """Pixel space: the latent is the image itself."""
+        return cls(None, LatentNorm.from_scalars(), latent_channels=3, downscale=1)
+
+    @classmethod
     def build(cls, config: AutoencoderConfig) -> Autoencoder:
         """A new network, or the pretrained one that the config names."""
+        from vae.config import IdentityConfig, KLConfig, TinyConfig
+
         match config:
             case IdentityConfig():
-                return cls(None, LatentNorm.from_scalars(), latent_channels=3, downscale=1)
+                return cls.identity()
             case KLConfig() | TinyConfig() if config.pretrained is not None:
                 return cls.load(config.pretrained)
             case KLConfig():
@@ -68,24 +77,49 @@ class Autoencoder(nn.Module):
         where, loaded = _locate(source)
         match loaded.get("_class_name"):
             case "AutoencoderKL":
-                return cls._wrap(AutoencoderKL.from_pretrained(**where))
+                return cls._wrap(AutoencoderKL.from_pretrained(**where, use_safetensors=True))
             case "AutoencoderTiny":
-                return cls._wrap(AutoencoderTiny.from_pretrained(**where))
+                return cls._wrap(AutoencoderTiny.from_pretrained(**where, use_safetensors=True))
             case name:
                 raise ValueError(
                     f"{source} holds a {name}; expected AutoencoderKL or AutoencoderTiny"
                 )
 
     @classmethod
+    def from_weights(
+        cls,
+        config: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Autoencoder:
+        """A lean network, for inference alone: the same numbers, and diffusers is not imported.
+
+        Args:
+            config: what diffusers' config.json says.
+            weights: by diffusers' names.
+            device: where they go.
+            dtype: what they become.
+
+        Raises:
+            ValueError: `why_not_lean`, or the weights are of another network.
+        """
+        from vae.lean import LeanKL
+        from vae.lean_tiny import LeanTiny
+
+        if reason := why_not_lean(config):
+            raise ValueError(f"this autoencoder is for diffusers to open: {reason}")
+        network = LeanKL if config["_class_name"] == "AutoencoderKL" else LeanTiny
+        return cls._wrap(network.from_weights(config, weights, device, dtype)).eval()
+
+    @classmethod
     def _wrap(cls, model: Any) -> Autoencoder:
         config = model.config
-        downscale = 2 ** (
-            len(getattr(config, "block_out_channels", config.get("encoder_block_out_channels"))) - 1
-        )
+        widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
         norm = LatentNorm.from_scalars(
-            config.scaling_factor or 1.0, config.get("shift_factor") or 0.0
+            config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
         )
-        return cls(model, norm, config.latent_channels, downscale)
+        return cls(model, norm, config["latent_channels"], 2 ** (len(widths) - 1))
 
     @property
     def is_identity(self) -> bool:
@@ -166,11 +200,17 @@ class Autoencoder(nn.Module):
         whole or not there; other files in the directory stay.
 
         Raises:
-            ValueError: pixel space, or a per-channel norm that fits into no convolution.
+            ValueError: pixel space, a lean network, or a per-channel norm that fits into no
+                convolution.
             OSError: it cannot be written.
         """
         if self.model is None:
             raise ValueError("pixel space has no autoencoder to save")
+        if not hasattr(self.model, "save_pretrained"):
+            raise ValueError(
+                f"a {type(self.model).__name__} is for inference alone and cannot be saved; open "
+                "the autoencoder with Autoencoder.load"
+            )
         if self.norm.scale.numel() > 1:
             if not self.folds_norm:
                 raise ValueError(
@@ -212,6 +252,19 @@ class Autoencoder(nn.Module):
                 f"image of {height}x{width} px: height and width must be multiples of "
                 f"{self.downscale}; resize or crop it first"
             )
+
+
+def why_not_lean(config: Mapping[str, Any]) -> str | None:
+    """Why a diffusers config.json is of none of the lean networks; None if it is of one."""
+    from vae import lean, lean_tiny
+
+    match config.get("_class_name"):
+        case "AutoencoderKL":
+            return lean.why_not(config)
+        case "AutoencoderTiny":
+            return lean_tiny.why_not(config)
+        case name:
+            return f"a {name} is neither an AutoencoderKL nor an AutoencoderTiny"
 
 
 def _locate(source: str | Path) -> tuple[dict[str, Any], Any]:

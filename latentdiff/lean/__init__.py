@@ -1,0 +1,1 @@
+"""A text-to-image model's networks for inference alone: diffusers' weights, the same numbers."""
