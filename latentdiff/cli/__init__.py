@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -48,6 +49,7 @@ COMMANDS = {
         "latentdiff.cli.explain:explain", "Show how a model draws, on a page to read."
     ),
     "config": _Entry("latentdiff.cli.config:config", "Print a config with every default resolved."),
+    "doctor": _Entry("latentdiff.cli.doctor:doctor", "Show what this machine can do."),
 }
 
 
@@ -157,4 +159,6 @@ def _show_warning(message: Any, *_: Any) -> None:
 def main() -> None:
     """Runs the shell's command line; the entry point of `latentdiff`."""
     quiet_libraries()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    gc.freeze()  # or Python looks for garbage in all that torch is, 0.5 s, before it ends
+    sys.exit(code)

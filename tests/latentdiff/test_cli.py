@@ -59,7 +59,7 @@ COMMAND_LINES = [
     *("sample", "train", "explain", "config", "vae train", "vae reconstruct"),
     *("data emoji", "data make", "data show", "data index", "data verify", "data select"),
     *("data stats", "data precompute", "data read"),
-    *("checkpoint inspect", "checkpoint export"),
+    *("checkpoint inspect", "checkpoint export", "doctor"),
 ]
 
 
