@@ -22,7 +22,7 @@ CORE = {f"latentdiff.{name}" for name in ("schedule", "grids", "denoiser", "loss
         "guidance", "thresholds", "samplers", "multistep", "solver")}  # fmt: skip
 HEAVY = {"torch", "torchvision", "xformers", "open_clip", "diffusers", "transformers", "duckdb",
          "numpy", "pyarrow", "webdataset", "resvg_py", "PIL"}  # fmt: skip
-OPTIONAL = {"lpips", "xformers"}  # imported where present
+OPTIONAL = {"lpips", "openvino", "torchao", "xformers"}  # imported where present
 NOT_IMPORTED = {"accelerate", "tensorboard"}  # used by diffusers.from_pretrained, torch.utils
 
 
