@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import latentdiff
-from data_pipelines.transforms import to_image
+from data_pipelines.pixels import to_image
 from latentdiff.grids import step_grid
 from latentdiff.pipeline import Pipeline
 from latentdiff.randomness import normal

@@ -151,9 +151,3 @@ def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> float32 [3, h, w] in [-1, 1]."""
     array = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
-
-
-def to_image(tensor: Tensor) -> Image.Image:
-    """[3, h, w] in [-1, 1] -> RGB picture; values outside are clipped."""
-    scaled = ((tensor.detach().float().clamp(-1, 1) + 1) * 127.5).round()
-    return Image.fromarray(scaled.to("cpu", torch.uint8).permute(1, 2, 0).numpy())

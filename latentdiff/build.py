@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-import torch
-
-from latentdiff import configschedule
 from latentdiff.config import (
     CLIPTextConfig,
     NoTextConfig,
@@ -23,34 +20,8 @@ from latentdiff.configobjective import (
     UniformWeighting,
     WeightingConfig,
 )
-from latentdiff.configschedule import ScheduleConfig
 from latentdiff.loss import Weighting, edm, min_snr, p2, soft_min_snr
-from latentdiff.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, Schedule
 from latentdiff.text import TextEncoder, new_tower, train_tokenizer
-
-
-def build_schedule(config: ScheduleConfig) -> Schedule:
-    """The forward process that a config describes."""
-    match config:
-        case configschedule.FlowSchedule():
-            return FlowSchedule(**config.model_dump(exclude={"kind"}))
-        case configschedule.EDMSchedule():
-            return EDMSchedule(**config.model_dump(exclude={"kind"}))
-        case configschedule.BetasSchedule():
-            return NoiseSchedule.from_betas(torch.tensor(config.betas, dtype=torch.float64))
-    shape = config.model_dump(exclude={"kind", "zero_terminal_snr"})
-    match config:
-        case configschedule.LinearSchedule():
-            schedule = NoiseSchedule.linear(**shape)
-        case configschedule.ScaledLinearSchedule():
-            schedule = NoiseSchedule.scaled_linear(**shape)
-        case configschedule.BetaSigmoidSchedule():
-            schedule = NoiseSchedule.beta_sigmoid(**shape)
-        case configschedule.CosineSchedule():
-            schedule = NoiseSchedule.cosine(**shape)
-        case configschedule.SigmoidSchedule():
-            schedule = NoiseSchedule.sigmoid(**shape)
-    return schedule.zero_terminal_snr() if config.zero_terminal_snr else schedule
 
 
 def build_weighting(config: WeightingConfig, sigma_data: float) -> Weighting | None:

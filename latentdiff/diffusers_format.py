@@ -6,6 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
+PRETRAINED = Path(__file__).parent / "pretrained"  # the model in the box
+
 # pipeline of diffusers -> what its directory holds
 _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
     "StableDiffusionPipeline": {

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from latentdiff.devices import cast, resolve_device
+from latentdiff.diffusers_format import PRETRAINED
 from latentdiff.pairing import model_hash
-from latentdiff.pipeline import PRETRAINED
 from latentdiff.text import TextEncoder
 from vae.autoencoder import Autoencoder
 

@@ -2,58 +2,83 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from torch import Tensor
 
-from data_pipelines.config import DataConfig
-from data_pipelines.transforms import to_image
-from latentdiff.build import build_schedule, build_text
-from latentdiff.config import DiffusionRun
-from latentdiff.configschedule import ScheduleConfig
-from latentdiff.devices import cast
+from latentdiff.buildschedule import build_schedule
+from latentdiff.call import Call, Options, plan
 from latentdiff.diffusers_format import (
+    PRETRAINED,
     check_model_directory,
     is_unconditional,
     pipeline_class,
     weights_hash,
-    write_model_index,
 )
-from latentdiff.files import staged
+from latentdiff.generate import stream
+from latentdiff.inference import Inference
+from latentdiff.lean.weights import read_config
+from latentdiff.modelshape import ModelShape
 from latentdiff.painter import Painter
-from latentdiff.randomness import normal
-from latentdiff.samplers import Denoise, find_sampler
+from latentdiff.samplers import Denoise
 from latentdiff.sampling_defaults import SamplingDefaults
-from latentdiff.schedule import Schedule
-from latentdiff.scheduler_format import read_schedule, saved_scheduler
-from latentdiff.text import TextEncoder
-from latentdiff.unet import as_network, new_unet
-from vae.autoencoder import Autoencoder
-from vae.config import IdentityConfig
+from latentdiff.scheduler_format import read_schedule
+from latentdiff.speed import Speed
 
-PRETRAINED = Path(__file__).parent / "pretrained"  # the model in the box
-_DEFAULT_BATCH = 8  # pictures at a time
+if TYPE_CHECKING:
+    from latentdiff.config import DiffusionRun
+    from latentdiff.configschedule import ScheduleConfig
+    from latentdiff.modules import Modules
+    from latentdiff.schedule import Schedule
+    from latentdiff.text import TextEncoder
+    from vae.autoencoder import Autoencoder
 
 
-@dataclass
 class Pipeline:
-    """An autoencoder, a text tower, a U-Net and the forward process it was trained on."""
+    """An autoencoder, a text tower, a U-Net and the forward process it was trained on.
 
-    unet: Any
-    autoencoder: Autoencoder
-    text: TextEncoder | None
-    schedule: Schedule
-    schedule_config: ScheduleConfig
-    prediction: str
-    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
-    source: Path | None = None
+    `unet`, `autoencoder` and `text` are diffusers' and transformers' modules. They are loaded when
+    they are first asked for: `generate` draws with lean networks of the same weights, and follows
+    what is done to the modules.
+
+    Attributes:
+        schedule: the forward process.
+        schedule_config: what it was built from.
+        prediction: what the U-Net predicts, one of `denoiser.PREDICTIONS`.
+        shape: sizes of its latents and pictures.
+        defaults: what `generate` does where it is not told.
+        source: the directory that the weights are in; None for a new model.
+        loras: files that were merged into the weights, with their weights.
+        speed: how it draws fast, or in little memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        schedule: Schedule,
+        schedule_config: ScheduleConfig,
+        prediction: str,
+        shape: ModelShape,
+        defaults: SamplingDefaults,
+        source: Path | None = None,
+        modules: Modules | None = None,
+    ) -> None:
+        self.schedule = schedule
+        self.schedule_config: ScheduleConfig = schedule_config
+        self.prediction = prediction
+        self.shape = shape
+        self.defaults = defaults
+        self.source = source
+        self.loras: list[tuple[Path, float]] = []
+        self.speed = Speed()
+        self._modules = modules
+        self._place = (torch.device("cpu"), torch.float32)
+        self._inference: Inference | None = None
+        self._made_of: object = None  # what the inference was made of
 
     @classmethod
     def new(cls, config: DiffusionRun, captions: Iterable[str] = ()) -> Pipeline:
@@ -69,26 +94,15 @@ class Pipeline:
         """
         if config.init_from is not None:
             return cls._continued(config.init_from, config)
-        autoencoder = Autoencoder.build(config.autoencoder)
-        size_px, downscale = config.data.output_px, autoencoder.downscale
-        _check_sides(config.data, downscale, "the autoencoder")
-        text = build_text(config.text, captions)
-        channels = autoencoder.latent_channels
-        unet = new_unet(
-            config.unet,
-            channels,
-            size_px // downscale,
-            None if text is None else text.width,
-            2 * channels if config.objective.learned_variance else channels,
-        )
+        from latentdiff.modules import Modules
+
+        modules = Modules.new(config, captions)
         grid = config.samples
         return cls(
-            unet=unet,
-            autoencoder=autoencoder,
-            text=text,
             schedule=build_schedule(config.schedule),
             schedule_config=config.schedule,
             prediction=config.objective.prediction,
+            shape=modules.shape,
             defaults=SamplingDefaults(
                 num_steps=grid.num_steps,
                 guidance_scale=grid.guidance_scale,
@@ -96,6 +110,7 @@ class Pipeline:
                 spacing=grid.spacing,
                 styles=grid.styles,
             ),
+            modules=modules,
         )
 
     @classmethod
@@ -107,218 +122,233 @@ class Pipeline:
                 f"objective.prediction is {config.objective.prediction}, but {init_from} predicts "
                 f"{model.prediction}; set objective.prediction={model.prediction}"
             )
-        _check_sides(config.data, model.size_multiple_px, init_from)
+        from latentdiff.modules import check_sides
+
+        check_sides(config.data, model.size_multiple_px, init_from)
         styles = config.samples.styles or model.defaults.styles
         model.defaults = replace(model.defaults, styles=styles)
         return model
 
     @classmethod
-    def load(cls, model: str | Path | None = None) -> Pipeline:
+    def load(
+        cls, model: str | Path | None = None, loras: Iterable[tuple[str | Path, float]] = ()
+    ) -> Pipeline:
         """Open the model in the box (None), a directory in diffusers' layout, or a hub id.
 
-        Raises:
-            ValueError: there is no such directory, or it holds no such model.
-        """
-        from diffusers import UNet2DConditionModel, UNet2DModel
+        Args:
+            model: which.
+            loras: LoRA files with their weights, to be merged.
 
+        Raises:
+            ValueError: there is no such directory, it holds no such model, or a LoRA is of another
+                architecture.
+        """
         source = check_model_directory(PRETRAINED if model is None else model)
         with_text = not is_unconditional(source)
         schedule_config, prediction = read_schedule(source)
-        unet_class = UNet2DConditionModel if with_text else UNet2DModel
-        unet: Any = unet_class.from_pretrained(str(source / "unet"))
-        autoencoder = (
-            Autoencoder.load(source / "vae") if with_text else Autoencoder.build(IdentityConfig())
-        )
-        if not with_text and unet.config.in_channels != autoencoder.latent_channels:
-            raise ValueError(
-                f"{source / 'unet'} works on {unet.config.in_channels} channels; expected RGB "
-                "pictures (3) of an unconditional model"
-            )
-        return cls(
-            unet=unet.float().eval(),
-            autoencoder=autoencoder.float().eval(),
-            text=TextEncoder.load(source).float().eval() if with_text else None,
+        vae = read_config(source / "vae") if with_text else None
+        shape = ModelShape.read(read_config(source / "unet"), vae)
+        shape.check_channels(str(source / "unet"))
+        found = cls(
             schedule=build_schedule(schedule_config),
             schedule_config=schedule_config,
             prediction=prediction,
+            shape=shape,
             defaults=SamplingDefaults.read(source),
             source=source,
         )
+        for path, weight in loras:
+            found.add_lora(path, weight)
+        return found
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write diffusers' layout with safetensors of `dtype`; `source` points there afterwards.
 
         A latent model with text becomes a StableDiffusionPipeline, an unconditional model of pixels
-        a DDPMPipeline.
+        a DDPMPipeline. LoRA files that were added are part of the weights from then on.
 
         Raises:
             ValueError: the model is of neither sort.
+            OSError: it cannot be written.
         """
-        layout = self.diffusers_class
-        if layout is None:
-            raise ValueError(
-                "diffusers' layouts hold a text tower with an autoencoder (Stable Diffusion) or "
-                "neither (DDPM); this model has one of the two; keep its training checkpoint "
-                "instead"
-            )
-        target = Path(directory)
-        modules: dict[str, Any] = {"unet": self.unet}
-        if self.text is not None:
-            modules |= {"vae": self.autoencoder.model, "text_encoder": self.text.model}
-        kept = {name: module.dtype for name, module in modules.items()}
-        try:
-            for module in modules.values():
-                cast(module, module.device, dtype)
-            with staged(target) as partial:
-                self.unet.save_pretrained(partial / "unet", safe_serialization=True)
-                if self.text is not None:
-                    self.autoencoder.save(partial / "vae")
-                    self.text.save(partial)
-                self._save_description(partial, layout)
-        except SafetensorError as error:  # which is how a full disk is told
-            raise OSError(f"{target} cannot be written: {error}") from error
-        finally:
-            for name, module in modules.items():
-                cast(module, module.device, kept[name])
-        self.source = target
+        from latentdiff.saving import save
 
-    def _save_description(self, directory: Path, layout: str) -> None:
-        """What diffusers and we need to know beside the weights; not where they came from."""
-        for config in directory.glob("*/config.json"):
-            kept = json.loads(config.read_text())
-            kept.pop("_name_or_path", None)
-            config.write_text(json.dumps(kept, indent=2))
-        description = saved_scheduler(
-            self.schedule_config,
-            self.prediction,
-            self.defaults.sampler,
-            self.defaults.spacing,
-            layout,
-            self.learns_variance,
-        )
-        (directory / "scheduler").mkdir()
-        (directory / "scheduler" / "scheduler_config.json").write_text(
-            json.dumps(description, indent=2)
-        )
-        write_model_index(directory, layout, description["_class_name"])
-        self.defaults.write(directory)
+        save(self, Path(directory), dtype)
+        self.source = Path(directory)
+
+    @property
+    def modules(self) -> Modules:
+        """The libraries' modules, loaded at the first call."""
+        if self._modules is None:
+            from latentdiff.modules import Modules
+
+            assert self.source is not None  # only `load` leaves them out
+            self._modules = Modules.load(self.source)
+            self._modules.to(*self._place)
+            for path, weight in self.loras:
+                self._modules.merge(path, weight)
+        return self._modules
+
+    @property
+    def unet(self) -> Any:
+        """Diffusers' UNet2DConditionModel, or UNet2DModel without text."""
+        return self.modules.unet
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """Image <-> latent."""
+        return self.modules.autoencoder
+
+    @property
+    def text(self) -> TextEncoder | None:
+        """The text tower; None for an unconditional model."""
+        return self.modules.text
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Pipeline:
         """Move all networks; returns self."""
-        cast(self.unet, device, dtype).to(memory_format=torch.channels_last)
-        cast(self.autoencoder, device, dtype)
-        if self.text is not None:
-            cast(self.text.model, device, dtype)
+        self._place = (torch.device(device), dtype)
+        if self._modules is not None:
+            self._modules.to(device, dtype)
         return self
+
+    def add_lora(self, path: str | Path, weight: float = 1.0) -> None:
+        """Merge a LoRA file into the weights: weight * (alpha / rank) * up @ down is added.
+
+        Raises:
+            ValueError: it is no LoRA file, or one of another architecture.
+        """
+        self.loras.append((Path(path), weight))
+        if self._modules is not None:
+            self._modules.merge(Path(path), weight)
 
     @property
     def device(self) -> torch.device:
         """Where the U-Net is."""
-        return self.unet.device
+        return self._place[0] if self._modules is None else self._modules.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the U-Net's weights."""
+        return self._place[1] if self._modules is None else self._modules.unet.dtype
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it draws from prompts."""
+        if self._modules is not None:
+            return self._modules.text is not None
+        return self.source is not None and not is_unconditional(self.source)
 
     @property
     def learns_variance(self) -> bool:
         """Whether the U-Net says the reverse process's variance too; unguided ddpm takes it."""
-        return self.unet.config.out_channels == 2 * self.unet.config.in_channels
+        return self.shape.learns_variance
 
     @property
     def diffusers_class(self) -> str | None:
         """The pipeline of diffusers that opens the saved model; None where there is none."""
-        return pipeline_class(self.text is not None, not self.autoencoder.is_identity)
+        return pipeline_class(self.has_text, self.shape.downscale > 1)
 
     @property
     def default_size_px(self) -> int:
         """Side of the pictures the model was trained on."""
-        return self.unet.config.sample_size * self.autoencoder.downscale
+        return self.shape.default_size_px
 
     @property
     def size_multiple_px(self) -> int:
         """Height and width must be multiples of this."""
-        return self.autoencoder.downscale * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        return self.shape.size_multiple_px
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """(c, h, w) of a picture's latent; `ModelShape.latent`."""
+        return self.shape.latent(height, width)
 
     def model_hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the weights on disk; "unsaved" without them."""
         return "unsaved" if self.source is None else weights_hash(self.source)
 
-    @torch.inference_mode()
+    def inference(self) -> Inference:
+        """The networks as `generate` uses them; made anew when weights or wishes have changed."""
+        modules = self._modules
+        weights = None if modules is None else modules.fingerprint()
+        made_of = (self._place, self.speed, self.source, tuple(self.loras), weights)
+        if self._inference is None or self._made_of != made_of:
+            self._inference = None  # its memory first
+            self._inference = Inference.of(self, modules, self.dtype)
+            self._made_of = made_of
+        return self._inference
+
+    def inference_in_float32(self) -> Inference:
+        """The same where half precision overflows: made anew, and not kept."""
+        return Inference.of(self, self._modules, torch.float32)
+
     def generate(
-        self,
-        prompt: str | Sequence[str] = "",
-        *,
-        num_images: int = 1,
-        negative_prompt: str = "",
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        sampler: str | None = None,
-        spacing: str | None = None,
-        seed: int = 0,
-        height: int | None = None,
-        width: int | None = None,
-        batch_size: int | None = None,
-        latents: Tensor | None = None,
-        progress: Callable[[int], None] | None = None,
+        self, prompt: str | Sequence[str] = "", **options: Unpack[Options]
     ) -> list[Image.Image]:
         """Draw `num_images` pictures of each prompt, prompt by prompt.
 
         Picture i of the call depends on (seed, i) alone, whatever the batch size.
 
         Args:
-            prompt: one or several; ignored by an unconditional model.
-            num_images: pictures of each prompt.
-            negative_prompt: what guidance steers away from.
-            steps: of the sampler; default: the model's own.
-            guidance_scale: 1 switches guidance off; default: the model's own.
-            sampler: name in `latentdiff.samplers.SAMPLERS`; default: the model's own.
-            spacing: of the steps, in `latentdiff.grids.SPACINGS`; default: the model's own.
-            seed: of the call.
-            height: in pixels; default: the training size.
-            width: in pixels; default: the training size.
-            batch_size: pictures drawn at a time; default: 8.
-            latents: standard-normal start [pictures, c, h, w] instead of the seed's.
-            progress: called with 1 after each step of each picture.
+            prompt: one or several; ignored by an unconditional model. "(word:1.3)" weighs a word,
+                long prompts are taken in chunks (`latentdiff.prompts`).
+            **options: by name:
+
+                num_images: pictures of each prompt; default: 1.
+                negative_prompt: what guidance steers away from; one, or one a prompt.
+                steps: of the sampler; default: the model's own, as for the next five.
+                guidance_scale: 1 switches guidance off.
+                guidance_interval: (low, high) in units of sigma: guided there alone, at half the
+                    cost elsewhere.
+                guidance_rescale: in [0, 1], against over-exposure (Lin et al. 2023).
+                sampler: name in `latentdiff.samplers.SAMPLERS`.
+                spacing: of the steps, in `latentdiff.grids.SPACINGS`.
+                seed: of the call; default: 0.
+                height: in pixels; default: the training size, or the image's.
+                width: likewise.
+                batch_size: pictures drawn at a time; default: 8.
+                latents: standard-normal start [pictures, c, h, w] instead of the seed's.
+                clip_skip: last layers of the text tower that are left out; default: 0.
+                image: picture to begin from, one or one a prompt; resized to height and width.
+                strength: in [0, 1], how far from it; default: 0.8, with a mask 1.
+                mask: of the image's size; what is white is drawn anew, the rest stays.
+                variation_seed: another seed, towards which the start is turned.
+                variation_strength: in [0, 1], how far.
+                upscale: factor of a second pass on enlarged latents (high-resolution fix).
+                upscale_strength: in [0, 1], of the second pass; default: 0.6.
+                progress: called with the number of pictures after each step of a batch.
+                preview: called with (step, clean latents [b, c, h, w], pictures' numbers) then.
 
         Raises:
-            ValueError: an unknown sampler, a size that is not a multiple, a bad number.
+            ValueError: an unknown name, a size that is not a multiple, a bad number, a prompt
+                whose brackets do not match, pictures that do not fit.
         """
-        choices = self.defaults.but(
-            num_steps=steps, guidance_scale=guidance_scale, sampler=sampler, spacing=spacing
-        )
-        find_sampler(choices.sampler)
-        prompts = [p for p in _as_list(prompt) for _ in range(num_images)]
-        _positive("num_images", num_images)
-        size = _DEFAULT_BATCH if batch_size is None else batch_size
-        _positive("batch_size", size)
-        if not prompts:
-            raise ValueError("prompt is an empty list; give at least one text")
-        shape = self.latent_shape(height, width)
-        if latents is not None and tuple(latents.shape) != (len(prompts), *shape):
-            raise ValueError(
-                f"latents must have shape {(len(prompts), *shape)}; got {tuple(latents.shape)}"
-            )
-        images: list[Image.Image] = []
-        for first in range(0, len(prompts), size):
-            chunk = prompts[first : first + size]
-            indices = range(first, first + len(chunk))
-            start = (
-                normal(shape, seed, indices, "start")
-                if latents is None
-                else latents[first : first + len(chunk)]
-            )
-            z = self.painter.draw(
-                start.to(self.device, torch.float32),
-                chunk,
-                indices,
-                choices,
-                seed=seed,
-                negative_prompt=negative_prompt,
-                progress=progress,
-            )
-            images += [to_image(image) for image in self.autoencoder.decode(z)]
-        return images
+        return [image for _, image in self.stream(prompt, **options)]
+
+    def stream(
+        self,
+        prompt: str | Sequence[str] = "",
+        indices: Sequence[int] | None = None,
+        **options: Unpack[Options],
+    ) -> Iterator[tuple[int, Image.Image]]:
+        """As `generate`, but one by one as they are done, each with its number.
+
+        Args:
+            prompt: as for `generate`.
+            indices: numbers of the pictures that are wanted; default: all.
+            **options: as for `generate`.
+        """
+        progress, preview = options.get("progress"), options.get("preview")
+        return stream(self, self.plan(prompt, **options), indices, progress, preview)
+
+    def plan(self, prompt: str | Sequence[str] = "", **options: Unpack[Options]) -> Call:
+        """What `generate` would do, checked; nothing is loaded or drawn."""
+        return plan(self, prompt, options)
 
     @property
     def painter(self) -> Painter:
-        """What draws, without the autoencoder."""
+        """What draws with the libraries' modules, which may be trained meanwhile."""
+        from latentdiff.unet import as_network
+
         return Painter(
             network=as_network(self.unet),
             encode=None if self.text is None else self.text.encode,
@@ -335,54 +365,5 @@ class Pipeline:
         scale: float = 1.0,
         with_variance: bool = False,
     ) -> Denoise:
-        """The model as `denoise(x, sigma) -> clean` for rows of x that belong to these prompts.
-
-        Guidance doubles the batch inside; pixels are clipped to [-1, 1], as DDPM's code does.
-
-        Args:
-            prompts: one for each row; an unconditional model takes none of them.
-            negative_prompt: what guidance steers away from.
-            scale: of classifier-free guidance; 1 is off.
-            with_variance: clean and the learned variance's fraction, for samplers.ddpm; unguided.
-        """
+        """The modules as `denoise(x, sigma) -> clean`; see `Painter.denoiser`."""
         return self.painter.denoiser(prompts, negative_prompt, scale, with_variance)
-
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """(c, h, w) of a picture's latent.
-
-        Args:
-            height: of the picture in pixels; default: the training size.
-            width: likewise.
-
-        Raises:
-            ValueError: one of them is not a multiple of `size_multiple_px`.
-        """
-        multiple, downscale = self.size_multiple_px, self.autoencoder.downscale
-        sides = []
-        for name, value in (("height", height), ("width", width)):
-            side = self.default_size_px if value is None else value
-            if side <= 0 or side % multiple:
-                near = max(multiple, round(side / multiple) * multiple)
-                raise ValueError(
-                    f"{name} must be a positive multiple of {multiple} px; got {side}; try {near}"
-                )
-            sides.append(side // downscale)
-        return self.autoencoder.latent_channels, sides[0], sides[1]
-
-
-def _as_list(prompt: str | Sequence[str]) -> list[str]:
-    return [prompt] if isinstance(prompt, str) else list(prompt)
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
-
-
-def _check_sides(data: DataConfig, multiple_px: int, whose: str) -> None:
-    if data.side_step_px % multiple_px:
-        name = "data.crop_px or data.size_px" if data.buckets is None else "data.buckets.step_px"
-        raise ValueError(
-            f"pictures are {data.side_step_px} px ({name}); expected a multiple of {multiple_px} "
-            f"for {whose}"
-        )

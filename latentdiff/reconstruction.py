@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_pipelines.config import DataConfig
 from data_pipelines.loader import Loader
-from data_pipelines.transforms import to_image
+from data_pipelines.pixels import to_image
 from latentdiff.pictures import grid
 from vae.autoencoder import Autoencoder
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from latentdiff.build import build_schedule
+from latentdiff.buildschedule import build_schedule
 from latentdiff.configobjective import named_predictions
 from latentdiff.configschedule import (
     BetaSigmoidSchedule,

@@ -59,8 +59,8 @@ def reconstruct(
     """
     from data_pipelines.config import DataConfig
     from latentdiff.devices import resolve_device
+    from latentdiff.diffusers_format import PRETRAINED
     from latentdiff.pictures import save_png
-    from latentdiff.pipeline import PRETRAINED
     from latentdiff.reconstruction import score_reconstructions
     from vae.autoencoder import Autoencoder
 

@@ -8,12 +8,13 @@ from html import escape
 from typing import Any
 
 from latentdiff import __version__
+from latentdiff.diffusers_format import PRETRAINED
 from latentdiff.explain import curves
 from latentdiff.explain.experiments import PromptRow, algorithm_2_difference
 from latentdiff.explain.lab import Lab, times
 from latentdiff.explain.request import Plan, Subject
 from latentdiff.explain.sheet import short
-from latentdiff.pipeline import PRETRAINED, Pipeline
+from latentdiff.pipeline import Pipeline
 from latentdiff.schedule import NoiseSchedule
 
 ALT: Mapping[str, str] = {  # what each figure shows, for those who cannot see it

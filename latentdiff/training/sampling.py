@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data_pipelines.transforms import to_image
+from data_pipelines.pixels import to_image
 from latentdiff.config import DiffusionRun
+from latentdiff.denoiser import time_of_each
 from latentdiff.devices import autocast
 from latentdiff.painter import Painter
 from latentdiff.parallel import World
@@ -118,12 +119,12 @@ def painter_of(model: Pipeline, network: nn.Module, config: DiffusionRun) -> Pai
     if text is None or not config.train_text:
 
         def predict(noisy: Tensor, t: Tensor, cond: Any) -> Tensor:
-            return network(noisy, t, None, cond)
+            return network(noisy, time_of_each(t, noisy), None, cond)
 
         return replace(model.painter, network=predict)
 
     def predict_from_ids(noisy: Tensor, t: Tensor, cond: Any) -> Tensor:
-        return network(noisy, t, cond.tokens[..., 0], None)
+        return network(noisy, time_of_each(t, noisy), cond.tokens[..., 0], None)
 
     def encode(texts: Sequence[str]) -> Conditioning:
         return Conditioning(text.tokenize(texts)[..., None])

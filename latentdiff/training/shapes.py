@@ -28,7 +28,7 @@ from latentdiff.config import (
     load,
 )
 from latentdiff.configfile import shipped_configs
-from latentdiff.pipeline import PRETRAINED
+from latentdiff.diffusers_format import PRETRAINED
 from latentdiff.text import TextEncoder
 from latentdiff.unet import new_unet
 from vae.autoencoder import Autoencoder

@@ -20,8 +20,9 @@ from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.expand import expand_shards
 from data_pipelines.loader import Loader
+from data_pipelines.pixels import to_image
 from data_pipelines.shards import read_shard
-from data_pipelines.transforms import to_float, to_image, to_tensor
+from data_pipelines.transforms import to_float, to_tensor
 
 SIZES = [(16, 16), (32, 16), (16, 24), (24, 16), (48, 48), (128, 16)]
 BUCKETS = {"base_px": [16, 32], "step_px": 8, "chapter_steps": 12}

@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_pipelines import transforms
 from data_pipelines.config import DataConfig
+from data_pipelines.pixels import to_image
 from data_pipelines.transforms import (
     Picture,
     cover,
@@ -20,7 +21,6 @@ from data_pipelines.transforms import (
     load_picture,
     resize,
     to_float,
-    to_image,
     to_tensor,
 )
 

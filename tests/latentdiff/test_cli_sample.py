@@ -18,16 +18,8 @@ def sample(tiny_model: Path, tmp_path: Path) -> Any:
     """Runs `latentdiff sample` on the tiny model with two steps into tmp_path/out."""
 
     def call(*arguments: str) -> int:
-        fixed = [
-            "sample",
-            "--model",
-            str(tiny_model),
-            "--steps",
-            "2",
-            "--out",
-            str(tmp_path / "out"),
-        ]
-        return run([*fixed, *arguments])
+        fixed = ["--model", str(tiny_model), "--steps", "2", "--out", str(tmp_path / "out")]
+        return run(["sample", *fixed, *arguments])
 
     return call
 
@@ -52,8 +44,22 @@ def test_same_command_same_bytes(sample: Any, tmp_path: Path) -> None:
     assert sample(*arguments) == 0
     first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert len(first) == 5
-    assert sample(*arguments, "--batch-size", "4") == 0
+    assert sample(*arguments, "--batch-size", "4", "--no-resume") == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == first
+
+
+def test_a_picture_is_drawn_again_to_the_bit(
+    sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of a batch, whose rows round otherwise than a picture alone."""
+    assert sample("--prompt", "a cat", "--prompt", "a dog", "--num-images", "3", "--json") == 0
+    told = json.loads(capsys.readouterr().out)["images"]
+    for number in (0, 4):
+        path = Path(told[number]["path"])
+        assert run(["sample", "--from", str(path), "--out", str(tmp_path / "again")]) == 0
+        again = Path(capsys.readouterr().out.strip())
+        assert again.name == f"{path.stem}-again.png"
+        assert again.read_bytes() == path.read_bytes()
 
 
 def test_json_and_prompts_file(
@@ -65,22 +71,51 @@ def test_json_and_prompts_file(
     drawn = json.loads(capsys.readouterr().out)
     assert [i["prompt"] for i in drawn["images"]] == ["a cat, fluent 3d", "a dog, fluent 3d"]
     assert all(Path(i["path"]).is_file() for i in drawn["images"])
+    assert (drawn["width"], drawn["height"], drawn["grid"]) == (32, 32, None)
+    assert drawn["settings"]["steps"] == drawn["steps"] == 2
+    assert drawn["timings"]["num_drawn"] == 2 and drawn["timings"]["draw_s"] > 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "x", "--sampler", "eulr"], "unknown sampler 'eulr'; known: ddpm, ddim,"),
-        (["--prompt", "x", "--spacing", "kerras"], "unknown spacing 'kerras'; known: trailing"),
-        (["--prompt", "x", "--style", "cubist"], "this model knows: fluent 3d, fluent flat"),
-        (["--prompt", "x", "--height", "30"], "height must be a positive multiple of 8 px; got 30"),
-        (["--prompt", "x", "--dtype", "int8"], "unknown dtype 'int8'; known: float32"),
-        (["--prompt", "x", "--device", "abacus"], "device 'abacus' is unknown; use auto, cpu"),
+        (["--sampler", "eulr"], "unknown sampler 'eulr'; did you mean euler? known: ddpm, ddim,"),
+        (["--spacing", "kerras"], "unknown spacing 'kerras'; did you mean karras? known: trailing"),
+        (["--style", "cubist"], "unknown style 'cubist'; known: fluent 3d, fluent flat"),
+        (["--height", "30"], "height must be a positive multiple of 8 px; got 30"),
+        (["--dtype", "int8"], "unknown dtype 'int8'; known: auto, float32"),
+        (["--device", "abacus"], "device 'abacus' is unknown; use auto, cpu"),
+        (["--device", "cuda:77"], "CUDA device(s) are here; use --device cpu or auto"),
+        (["--steps", "many"], "Invalid value for '--steps'"),
+        (["--steps", "0"], "--steps must be at least 1; got 0"),
+        (["--num-images", "0"], "--num-images must be at least 1; got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
         (["--prompts-file", "nowhere.txt"], "nowhere.txt: No such file"),
-        (["--prompt", "x", "--steps", "many"], "Invalid value for '--steps'"),
-        (["--prompt", "x", "--steps", "0"], "num_steps must be at least 1; got 0"),
-        (["--prompt", "x", "--num-images", "0"], "num_images must be at least 1; got 0"),
-        ([], 'nothing to draw; give --prompt "a red apple" or --prompts-file F'),
+        (["--from", "nowhere.png"], "nowhere.png: No such file"),
+        (["--guidance-interval", "2", "1"], "0 <= LOW < HIGH, in units of sigma; got 2 1;"),
+        (["--guidance-rescale", "2"], "--guidance-rescale must be from 0 to 1; got 2"),
+        (["--guidance", "nan"], "--guidance must be finite; got nan"),
+        (["--seed", "-1"], "--seed must be from 0 to 2^64 - 1; got -1"),
+        (["--clip-skip", "-1"], "--clip-skip must be at least 0; got -1"),
+        (["--mask", "x.png"], "--mask is given without --init-image"),
+        (["--strength", "0.5"], "--strength is given without --init-image"),
+        (["--variation-seed", "2"], "--variation-seed is given without --variation-strength"),
+        (["--variation-strength", "1"], "--variation-strength is given without --variation-seed"),
+        (
+            ["--variation-seed", "2", "--variation-strength", "1.5"],
+            "--variation-strength must be from 0 to 1; got 1.5",
+        ),
+        (["--upscale", "0.5"], "--upscale must be above 1 and at most 8; got 0.5"),
+        (["--upscale", "1.1"], "--upscale 1.1: height must be a positive multiple of 8 px; got 35"),
+        (["--upscale-strength", "0.5"], "--upscale-strength is given without --upscale"),
+        (["--init-image", "gone.png"], "--init-image gone.png not found"),
+        (["--lora", "gone.safetensors:0.5"], "--lora gone.safetensors not found"),
+        (["--attention", "slice"], "unknown attention 'slice'; did you mean sliced?"),
+        (["--backend", "onnx"], "unknown backend 'onnx'; known: auto, torch, openvino"),
+        (["--backend", "openvino", "--reuse", "2"], "--reuse is of --backend torch"),
+        (["--reuse", "0"], "--reuse must be at least 1; got 0"),
+        (["--merge-tokens", "0.9"], "--merge-tokens must be in [0, 0.75]; got 0.9"),
+        (["--quantise", "int4"], "unknown quantisation 'int4'; did you mean int8?"),
     ],
 )
 def test_mistakes(
@@ -90,11 +125,37 @@ def test_mistakes(
     arguments: list[str],
     message: str,
 ) -> None:
-    assert sample(*arguments) == 2
+    assert sample("--prompt", "x", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ") and len(error.strip().splitlines()) == 1
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_broken_weight_is_shown(sample: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample("--prompt", "a (b:x)") == 2
+    assert "a (b:x)\n" in capsys.readouterr().err
+    assert sample("--prompt", "x", "--negative-prompt", "a (b") == 2
+    told = 'error: --negative-prompt: prompt, character 3: "(" is never closed; close it'
+    assert told in capsys.readouterr().err
+
+
+def test_nothing_to_draw(sample: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample() == 2
+    told = 'error: nothing to draw; give --prompt "a red apple" or --prompts-file F'
+    assert told in capsys.readouterr().err
+
+
+def test_mistakes_are_told_before_torch_is_imported(run_python: Any) -> None:
+    done = run_python(
+        "-c",
+        "import sys, latentdiff.cli as cli\n"
+        "for extra in (['--sampler', 'eulr'], ['--height', '63'], ['--style', 'x'],\n"
+        "              ['--upscale', '9'], ['--prompts-file', 'gone.txt']):\n"
+        "    assert cli.run(['sample', '--prompt', 'x', *extra]) == 2\n"
+        "print('torch' in sys.modules)",
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 def test_model_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

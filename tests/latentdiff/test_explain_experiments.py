@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -95,8 +96,9 @@ def test_no_sampler_asks_more_often_than_its_row_says(lab: Lab, sampler: str) ->
 
 
 def test_steps_fit_the_models_own_grid(tiny_pipeline: Pipeline) -> None:
-    defaults = replace(tiny_pipeline.defaults, spacing="leading")
-    lab = Lab(replace(tiny_pipeline, defaults=defaults), "", 0)
+    leading = copy(tiny_pipeline)
+    leading.defaults = replace(tiny_pipeline.defaults, spacing="leading")
+    lab = Lab(leading, "", 0)
     assert (lab.most_steps, lab.num_timesteps) == (999, 1000)
     assert Plan().within(lab.most_steps).ddpm_steps == 999
     assert lab.steps_for("ddim", 5000) == 999

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.batch import Batch
-from latentdiff.build import build_schedule
+from latentdiff.buildschedule import build_schedule
 from latentdiff.config import DiffusionRun, load
 from latentdiff.loss import target
 from latentdiff.randomness import normal

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import latentdiff
-from latentdiff.pipeline import PRETRAINED, Pipeline
+from latentdiff.diffusers_format import PRETRAINED
+from latentdiff.pipeline import Pipeline
 from latentdiff.randomness import normal
 
 MAX_BYTES = 48 * 1000 * 1000

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipelines.config import DataConfig
 from data_pipelines.loader import Loader
-from data_pipelines.transforms import to_image
+from data_pipelines.pixels import to_image
 from latentdiff.pictures import grid, save_png
 from latentdiff.reconstruction import peak_signal_to_noise, score_reconstructions
 from vae.autoencoder import Autoencoder

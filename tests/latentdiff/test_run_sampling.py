@@ -55,7 +55,9 @@ def test_a_grid_is_what_generate_draws(
         guidance_scale=guidance_scale,
     )
     assert drawn is not None and len({image.tobytes() for image in expected}) == 6
-    assert np.array_equal(np.asarray(drawn), np.asarray(grid(expected)))
+    # generate's lean U-Net rounds otherwise than the one that is trained
+    differences = np.asarray(drawn, int) - np.asarray(grid(expected), int)
+    assert np.abs(differences).max() <= 1
 
 
 def test_the_step_grid_is_the_runs_and_a_continued_models_own(assets: Path, parts: Path) -> None:

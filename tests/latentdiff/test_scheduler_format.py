@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from latentdiff.build import build_schedule
+from latentdiff.buildschedule import build_schedule
 from latentdiff.configschedule import (
     BetaSigmoidSchedule,
     BetasSchedule,

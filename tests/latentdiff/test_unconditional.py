@@ -261,7 +261,7 @@ def test_a_model_of_other_channels_is_refused(model: Path, tmp_path: Path) -> No
         norm_num_groups=4,
     )
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "grey")
-    with pytest.raises(ValueError, match=r"works on 1 channels; expected RGB pictures \(3\)"):
+    with pytest.raises(ValueError, match=r"works on 1 channels; expected 3 \(RGB\)"):
         Pipeline.load(tmp_path / "grey")
 
 

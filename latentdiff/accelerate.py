@@ -1,0 +1,146 @@
+"""How does the U-Net run? Its attention, what is approximated, and what executes it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from latentdiff.attention import choose
+from latentdiff.backends import Run
+from latentdiff.caches import cache_directory
+from latentdiff.denoiser import Network
+from latentdiff.lean.unet import LeanUNet
+from latentdiff.speed import Speed
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import Pipeline
+    from vae.autoencoder import Autoencoder
+
+_EXPORTS = "openvino"  # folder of exports, beside a model's weights or in the user's cache
+
+
+def may_use_openvino(model: Pipeline) -> bool:
+    """Whether OpenVINO is asked for, or may stand in: `auto` takes an export that is there.
+
+    Raises:
+        ValueError: it is asked for, and the device is no CPU.
+    """
+    speed = model.speed
+    if speed.backend == "openvino":
+        if model.device.type != "cpu":
+            raise ValueError(
+                f"--backend openvino draws on the CPU, but the device is {model.device}; use "
+                "--device cpu, or --backend torch"
+            )
+        return True
+    is_plain = not (speed.compile or speed.low_memory or is_approximate(speed))
+    is_possible = speed.backend == "auto" and speed.attention == "auto" and is_plain
+    if model.device.type != "cpu" or not is_possible or find_spec("openvino") is None:
+        return False
+    return any(place.is_dir() for place in _export_places(model))
+
+
+def is_approximate(speed: Speed) -> bool:
+    """Whether the U-Net computes something else than its weights say."""
+    return speed.reuse > 1 or speed.merge_tokens > 0 or speed.quantise is not None
+
+
+def accelerate(unet: LeanUNet, model: Pipeline, dtype: torch.dtype) -> Run:
+    """The U-Net as the model's wishes say.
+
+    Args:
+        unet: changed in place: attention, merged tokens, weights of 8 bits.
+        model: whose wishes count.
+        dtype: in which it computes.
+
+    Returns:
+        What to call in each step.
+
+    Raises:
+        ValueError: a wish that this machine or model cannot fulfil.
+    """
+    speed = model.speed
+    if may_use_openvino(model):
+        found = _openvino(unet, model, dtype)
+        if found is not None:
+            return found
+    _set_attention(unet, model, dtype)
+    if speed.merge_tokens:
+        from latentdiff.lean.merging import merge_tokens
+
+        merge_tokens(unet, speed.merge_tokens)
+    if speed.quantise is not None:
+        from latentdiff.quantise import quantise
+
+        quantise(unet, speed.quantise)
+    if not speed.compile:
+        return unet
+    from latentdiff.backends.compiled import compiled
+
+    run = compiled(unet, model.device)
+    if model.device.type != "cuda":
+        return run
+    from latentdiff.backends.graphs import Graphs
+
+    return Graphs(run)
+
+
+def accelerate_library(model: Pipeline, why_not: str) -> Network:
+    """The library's own U-Net, for which there is no lean one.
+
+    Raises:
+        ValueError: a wish that only a lean U-Net can fulfil.
+    """
+    from latentdiff.unet import as_network
+
+    speed, plain = model.speed, Speed()
+    for name in ("compile", "low_memory", "reuse", "merge_tokens", "quantise"):
+        if getattr(speed, name) != getattr(plain, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for U-Nets like Stable Diffusion's; this model's "
+                f"is another ({why_not}); leave it out"
+            )
+    if speed.backend == "openvino":
+        raise ValueError(
+            "--backend openvino is for U-Nets like Stable Diffusion's; this model's is another "
+            f"({why_not}); use --backend torch"
+        )
+    if speed.attention != "auto":
+        from latentdiff.diffusers_attention import use_attention
+
+        attend = choose(speed.attention, model.device, model.dtype, (64,), 1024).attend
+        use_attention(model.unet, attend)
+    return as_network(model.unet)
+
+
+def accelerate_autoencoder(autoencoder: Autoencoder, speed: Speed) -> None:
+    """Tiles or slices, where little memory is to be used."""
+    autoencoder.enable_tiling(speed.tiled or speed.low_memory)
+    autoencoder.enable_slicing(speed.sliced or speed.low_memory)
+
+
+def _openvino(unet: LeanUNet, model: Pipeline, dtype: torch.dtype) -> Run | None:
+    """The U-Net in OpenVINO; None where it is not asked for by name and not exported yet."""
+    from latentdiff.backends import openvino
+
+    directory = None if model.source is None else model.source / _EXPORTS
+    found = openvino.unet(unet, directory, dtype)
+    return found if found.is_exported or model.speed.backend == "openvino" else None
+
+
+def _export_places(model: Pipeline) -> list[Path]:
+    beside = [] if model.source is None else [model.source / _EXPORTS]
+    return [*beside, cache_directory() / _EXPORTS]
+
+
+def _set_attention(unet: LeanUNet, model: Pipeline, dtype: torch.dtype) -> None:
+    attending = [layer for layer in unet.shape.layers if layer.transformer is not None]
+    if not attending:
+        return
+    finest = min(layer.level for layer in attending)
+    num_tokens = (model.shape.sample_size // 2**finest) ** 2
+    dims = list(dict.fromkeys(layer.channels_out // layer.num_heads for layer in attending))
+    unet.attend = choose(model.speed.attention, model.device, dtype, dims, num_tokens).attend

@@ -1,0 +1,1 @@
+"""What does `latentdiff sample` do between its options and its files? Start with draw.py."""
