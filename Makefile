@@ -34,9 +34,10 @@ test: $(INSTALLED_DEV)
 campaign: $(INSTALLED_DEV)
 	$(BIN)/python benchmarks/faults.py --out docs
 
-# With a GPU, about 15 minutes: the tests that need one, then speed at Stable Diffusion's size.
+# With a GPU, about 25 minutes: the tests that need one, then speed at Stable Diffusion's size.
 gpu: $(INSTALLED_DEV)
 	$(BIN)/pytest -m gpu
+	$(BIN)/python benchmarks/sample.py --parts gpu --out docs
 	$(BIN)/python benchmarks/train.py all --size sd1 --out docs
 
 format: $(INSTALLED_DEV)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from latentdiff.attention import choose
 from latentdiff.backends import Run
 from latentdiff.caches import cache_directory
 from latentdiff.denoiser import Network
+from latentdiff.diffusers_format import PRETRAINED
+from latentdiff.lean.packing import pack
 from latentdiff.lean.unet import LeanUNet
 from latentdiff.speed import Speed
 
@@ -77,6 +81,8 @@ def accelerate(unet: LeanUNet, model: Pipeline, dtype: torch.dtype) -> Run:
 
         quantise(unet, speed.quantise)
     if not speed.compile:
+        if model.device.type == "cpu":
+            pack(unet)
         return unet
     from latentdiff.backends.compiled import compiled
 
@@ -118,22 +124,49 @@ def accelerate_library(model: Pipeline, why_not: str) -> Network:
 
 def accelerate_autoencoder(autoencoder: Autoencoder, speed: Speed) -> None:
     """Tiles or slices, where little memory is to be used."""
-    autoencoder.enable_tiling(speed.tiled or speed.low_memory)
-    autoencoder.enable_slicing(speed.sliced or speed.low_memory)
+    if speed.tiled or speed.low_memory:
+        autoencoder.enable_tiling()
+    if speed.sliced or speed.low_memory:
+        autoencoder.enable_slicing()
 
 
 def _openvino(unet: LeanUNet, model: Pipeline, dtype: torch.dtype) -> Run | None:
     """The U-Net in OpenVINO; None where it is not asked for by name and not exported yet."""
     from latentdiff.backends import openvino
 
-    directory = None if model.source is None else model.source / _EXPORTS
-    found = openvino.unet(unet, directory, dtype)
-    return found if found.is_exported or model.speed.backend == "openvino" else None
+    found = openvino.unet(unet, _exports_beside(model), dtype)
+    if model.speed.backend == "openvino":
+        return found
+    return _OrTorch(found, unet) if found.is_exported else None
+
+
+class _OrTorch:
+    """What was chosen without being named, as long as it is right; then the U-Net itself."""
+
+    def __init__(self, run: Run, unet: LeanUNet) -> None:
+        self._run, self._unet = run, unet
+
+    def __call__(self, noisy: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        try:
+            return self._run(noisy, time, text)
+        except ValueError as error:
+            if self._run is self._unet:
+                raise
+            warnings.warn(f"OpenVINO is left out: {error}", stacklevel=2)
+            self._run = self._unet
+            return self._unet(noisy, time, text)
+
+
+def _exports_beside(model: Pipeline) -> Path | None:
+    """Where the model's exports are kept; None: the user's cache, as for the model in the box."""
+    if model.source is None or model.source == PRETRAINED:
+        return None
+    return model.source / _EXPORTS
 
 
 def _export_places(model: Pipeline) -> list[Path]:
-    beside = [] if model.source is None else [model.source / _EXPORTS]
-    return [*beside, cache_directory() / _EXPORTS]
+    beside = _exports_beside(model)
+    return [cache_directory() / _EXPORTS, *([] if beside is None else [beside])]
 
 
 def _set_attention(unet: LeanUNet, model: Pipeline, dtype: torch.dtype) -> None:

@@ -51,19 +51,38 @@ def stream(
     with _finisher(inference) as finish:
         pending: deque[tuple[list[int], Future[list[Image.Image]]]] = deque()
         for batch in batches(call, wanted, inference):
-            draw = partial(_latents, call=call, batch=batch, progress=progress, preview=preview)
-            z = finite_or_again(
-                lambda dtype, draw=draw: draw(
-                    inference if dtype == inference.dtype else model.inference_in_float32()
-                ),
-                inference.dtype,
-            )
+            z = _finite_latents(model, inference, call, batch, progress, preview)
             pending.append((batch, finish(_finished, inference, call, batch, z)))
             # a batch that is being decoded may wait: the GPU has the next one to work on first
             while len(pending) > 1 or (pending and pending[0][1].done()):
                 yield from _result(pending)
         while pending:
             yield from _result(pending)
+
+
+@torch.inference_mode()
+def draw_one(model: Pipeline, call: Call, index: int) -> tuple[Tensor, Tensor]:
+    """One picture of a call: clean latents [c, h, w] and pixels [3, h, w], about [-1, 1]."""
+    inference = model.inference()
+    z = _finite_latents(model, inference, call, [index], None, None)
+    return z[0], inference.decode(z)[0]
+
+
+def _finite_latents(
+    model: Pipeline,
+    inference: Inference,
+    call: Call,
+    batch: list[int],
+    progress: Callable[[int], None] | None,
+    preview: Preview | None,
+) -> Tensor:
+    """Clean latents of a batch; drawn in float32 where half precision overflows."""
+
+    def draw(dtype: torch.dtype) -> Tensor:
+        chosen = inference if dtype == inference.dtype else model.inference_in_float32()
+        return _latents(chosen, call, batch, progress, preview)
+
+    return finite_or_again(draw, inference.dtype)
 
 
 def _result(

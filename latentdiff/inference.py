@@ -21,6 +21,7 @@ from latentdiff.denoiser import Network
 from latentdiff.lean import unet as lean_unet
 from latentdiff.lean.clip import LeanText
 from latentdiff.lean.network import LeanNetwork
+from latentdiff.lean.packing import pack
 from latentdiff.lean.reuse import Reuse
 from latentdiff.lean.unet import LeanUNet
 from latentdiff.lean.weights import Unsupported, read_config, read_weights
@@ -200,6 +201,8 @@ def _networks(model: Pipeline, modules: Modules | None, dtype: torch.dtype) -> _
         )
         unet = LeanUNet.from_weights(configs["unet"], weights["unet"], device, wide)
         autoencoder = Autoencoder.from_weights(configs["vae"], weights["vae"], device, wide)
+        if model.device.type == "cpu" and wide == torch.float32:
+            pack(autoencoder.model)  # half precision may have to be widened, which packed is not
         return _Networks(unet, text, autoencoder)
     except Unsupported:
         return _of_modules(model.modules, device, wide)

@@ -94,7 +94,7 @@ def draw_series(
         batch_size=max(planned.batch_size, rows),
         progress=lambda count: advance(count * share),
         preview=after,
-        **_arguments(series.wish),
+        **arguments(series.wish),
     )
     with _memory_explained(pipeline, planned, series.wish):
         for number, (index, image) in enumerate(drawn):
@@ -102,7 +102,7 @@ def draw_series(
                 yield by_index[index], image, batches.get(index, (0, 1))
 
 
-def _arguments(wish: Wish) -> dict[str, Any]:
+def arguments(wish: Wish) -> dict[str, Any]:
     """A wish in the words of `Pipeline.stream`."""
     found: dict[str, Any] = {
         "seed": wish.seed,

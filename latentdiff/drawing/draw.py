@@ -101,10 +101,13 @@ def _draw_missing(
     timings: _Timings,
 ) -> None:
     from latentdiff.drawing.calls import draw_series, load_model
+    from latentdiff.drawing.costs import approximation_cost
 
     start = time.monotonic()
     pipeline = load_model(planned)
     timings.load_s = time.monotonic() - start
+    if (told := approximation_cost(pipeline, planned)) is not None:
+        _say(told)
     preview = None
     if request.with_preview:
         from latentdiff.preview import PreviewWriter, projection_of
