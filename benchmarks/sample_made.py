@@ -41,7 +41,7 @@ _TINY = Configs(
         "num_hidden_layers": 2,
     },
 )
-_CONFIGS: Mapping[str, tuple[Configs, dict[str, int]]] = {
+_CONFIGS: Mapping[str, tuple[Configs, dict[str, Any]]] = {
     "tiny": (_TINY, {}),
     "sd1-256": (STABLE_DIFFUSION_1, {"sample_size": 32}),
     "sd1-512": (STABLE_DIFFUSION_1, {}),
@@ -68,6 +68,14 @@ def made(kind: str, folder: Path, device: str = "cpu") -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     configs, changes = _CONFIGS[kind]
+    scheduler: Any = DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
+    nothing: Any = None  # which diffusers allows, but does not say
     torch.manual_seed(0)
     described = json.loads((PRETRAINED / "text_encoder" / "config.json").read_text())
     tokens = {k: described[k] for k in ("vocab_size", "bos_token_id", "eos_token_id")}
@@ -80,14 +88,9 @@ def made(kind: str, folder: Path, device: str = "cpu") -> Path:
         text_encoder=text,
         tokenizer=_tokenizer(folder / "tokenizer"),
         unet=unet,
-        scheduler=DPMSolverMultistepScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=0.00085,
-            beta_end=0.012,
-            timestep_spacing="trailing",
-        ),
-        safety_checker=None,  # type: ignore[arg-type]  # None is allowed, and said so nowhere
-        feature_extractor=None,  # type: ignore[arg-type]
+        scheduler=scheduler,
+        safety_checker=nothing,
+        feature_extractor=nothing,
         requires_safety_checker=False,
     )
     whole.save_pretrained(str(model))

@@ -40,7 +40,6 @@ def ways(size_px: int) -> dict[str, Way]:
         "--low-memory, attention sliced": replace(low, attention="sliced"),
         "--low-memory, attention math": replace(low, attention="math"),
         "--low-memory, decoder without tiles": replace(low, is_tiled=False),
-        "block by block": replace(low, offload="block"),
     }
 
 

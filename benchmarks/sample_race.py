@@ -37,8 +37,11 @@ class Race:
     def merge(self, other: Race) -> None:
         """Take what another race has measured of further ways; a way's first numbers stay."""
         for job, ways in other.found.items():
-            self.found[job] = {**ways, **self.found.get(job, {})}
-            self.drawn[job] = {**other.drawn[job], **self.drawn.get(job, {})}
+            first = self.found.setdefault(job, {})
+            new = {name: way for name, way in ways.items() if name not in first}
+            drawn = {name: d for name, d in other.drawn[job].items() if name in new}
+            first.update(new)
+            self.drawn.setdefault(job, {}).update(drawn)
 
 
 def race(
@@ -52,7 +55,7 @@ def race(
     Args:
         builders: what to build, by name.
         jobs: what to draw, by name.
-        rounds: of each, after one picture that is not counted.
+        rounds: of each, after one picture that is not counted; 0: to compare pictures alone.
         deadline: time.monotonic() after which nothing new is built.
 
     Returns:
@@ -73,12 +76,15 @@ def race(
         except torch.cuda.OutOfMemoryError:
             _failed(result, jobs, name, "out of memory")
             continue
-        except (ImportError, ValueError) as error:
-            _failed(result, jobs, name, f"cannot: {str(error).splitlines()[0]}")
+        except (ImportError, ValueError, RuntimeError) as error:  # compilers' are RuntimeErrors
+            _failed(result, jobs, name, cannot(error))
             continue
         ways[name] = way
         for job, drawn in warm.items():
-            result.found[job][name] = {"start_s": round(start_s, 2), "first_s": drawn.seconds}
+            result.found[job][name] = {
+                "start_s": round(start_s, 2),
+                "first_s": short(drawn.seconds),
+            }
             result.drawn[job][name] = drawn
     for job, given in jobs.items():
         times: dict[str, list[Drawn]] = {name: [] for name in ways}
@@ -86,7 +92,8 @@ def race(
             for name, way in ways.items():
                 times[name].append(way(given))
         for name, drawn in times.items():
-            result.found[job][name] |= _times(drawn, len(given.prompts))
+            if drawn:
+                result.found[job][name] |= _times(drawn, len(given.prompts))
     ways.clear()
     release()
     return result
@@ -107,6 +114,12 @@ def _failed(result: Race, jobs: Mapping[str, Job], name: str, why: str) -> None:
         result.found[job][name] = {"error": why}
         result.drawn[job].pop(name, None)
     release()
+
+
+def cannot(error: Exception) -> str:
+    """What went wrong, short enough for a table."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"cannot: {first.partition(';')[0][:120]}"
 
 
 def difference(one: Drawn, other: Drawn) -> dict[str, float]:
@@ -134,7 +147,8 @@ def judge(
 
     Returns:
         As `Race.found`; where a way drew, with `latents`, `pixels` and `agrees` besides, and
-        `ratio` to the reference's time where it agrees (None where not).
+        `ratio` to the time of the reference, or to `beside` where a way has such a number (None
+        where pictures do not agree).
     """
     judged: dict[str, dict[str, Any]] = {}
     for job, found in race.found.items():
@@ -154,14 +168,16 @@ def judge(
             way |= far
             # not >: what is no number does not agree either
             way["agrees"] = all(far[key] <= allowed[key] for key in far)
-            way["ratio"] = ratio(judged[job], name, reference) if way["agrees"] else None
+            beside = way.get("beside", judged[job][reference].get("seconds"))
+            counts = way["agrees"] and "seconds" in way and beside is not None
+            way["ratio"] = round(beside / way["seconds"], 2) if counts else None
     return judged
 
 
 def ratio(found: Mapping[str, Mapping[str, Any]], name: str, peer: str) -> float | None:
     """How many times as fast it is as the peer; None where one of them did not run."""
-    pair = [found.get(way, {}).get("seconds") for way in (peer, name)]
-    return None if None in pair else round(pair[0] / pair[1], 2)
+    theirs, own = (found.get(way, {}).get("seconds") for way in (peer, name))
+    return None if theirs is None or own is None else round(theirs / own, 2)
 
 
 def short(value: float) -> float:

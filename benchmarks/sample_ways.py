@@ -121,8 +121,9 @@ class Ours:
 
     @property
     def runs_on(self) -> str:
-        """What executes the U-Net, by name."""
-        return type(getattr(self.inference.network, "_run", None)).__name__
+        """What executes the U-Net of a default `Speed`, by name."""
+        is_torch = isinstance(getattr(self.inference.network, "_run", None), LeanUNet)
+        return "torch" if is_torch else "OpenVINO"
 
 
 class _Watched:
@@ -146,13 +147,13 @@ class Lever:
         cached: keys and values of the prompts once a picture, times once a timestep.
         paired: both halves of guidance share what comes before the text.
         attention: name of a kernel.
-        around: what executes the U-Net, made of it.
+        around: what executes the U-Net, made of it; None: itself.
     """
 
     cached: bool = False
     paired: bool = False
     attention: str = "sdpa"
-    around: Callable[[LeanUNet], Run] = staticmethod(lambda unet: unet)
+    around: Callable[[LeanUNet], Run] | None = None
 
     def __call__(self, ours: Ours) -> None:
         """Put it into the place of the network."""
@@ -164,7 +165,8 @@ class Lever:
         dims = list(dict.fromkeys(layer.channels_out // layer.num_heads for layer in layers))
         side = ours.model.shape.sample_size // 2 ** min(layer.level for layer in layers)
         unet.attend = choose(self.attention, device, dtype, dims, side**2).attend
-        network = _Network(LeanNetwork(unet, unet), self.around(unet), self.cached, self.paired)
+        run = unet if self.around is None else self.around(unet)
+        network = _Network(LeanNetwork(unet, run), run, self.cached, self.paired)
         ours.inference.network, ours.inference.prepare = network, network.prepare
 
 

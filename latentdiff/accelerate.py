@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,8 @@ from latentdiff.caches import cache_directory
 from latentdiff.denoiser import Network
 from latentdiff.diffusers_format import PRETRAINED
 from latentdiff.lean.packing import pack
-from latentdiff.lean.unet import LeanUNet
+from latentdiff.lean.unet import LeanUNet, why_not
+from latentdiff.lean.weights import read_config, weight_files
 from latentdiff.speed import Speed
 
 if TYPE_CHECKING:
@@ -26,8 +29,8 @@ if TYPE_CHECKING:
 _EXPORTS = "openvino"  # folder of exports, beside a model's weights or in the user's cache
 
 
-def may_use_openvino(model: Pipeline) -> bool:
-    """Whether OpenVINO is asked for, or may stand in: `auto` takes an export that is there.
+def uses_openvino(model: Pipeline, dtype: torch.dtype) -> bool:
+    """Whether OpenVINO runs the U-Net: it is asked for, or `auto` finds an export of these weights.
 
     Raises:
         ValueError: it is asked for, and the device is no CPU.
@@ -42,9 +45,33 @@ def may_use_openvino(model: Pipeline) -> bool:
         return True
     is_plain = not (speed.compile or speed.low_memory or is_approximate(speed))
     is_possible = speed.backend == "auto" and speed.attention == "auto" and is_plain
-    if model.device.type != "cpu" or not is_possible or find_spec("openvino") is None:
+    identity = _identity(model)
+    if model.device.type != "cpu" or not is_possible or identity is None:
         return False
-    return any(place.is_dir() for place in _export_places(model))
+    is_there = any(place.is_dir() for place in _export_places(model))
+    if not is_there or find_spec("openvino") is None:
+        return False
+    from latentdiff.backends import openvino
+
+    assert model.source is not None  # an identity is that of files
+    config = read_config(model.source / "unet")
+    if dtype not in openvino.TOLERANCES or why_not(config) is not None:
+        return False
+    with torch.device("meta"):
+        like = LeanUNet(config)
+    return openvino.is_exported(like, _exports_beside(model), identity)
+
+
+def _identity(model: Pipeline) -> str | None:
+    """Stands for the U-Net's weights, without reading them; None where they may be edited."""
+    if model.source is None or model.has_modules or not model.has_text:
+        return None
+    files = weight_files(model.source / "unet")
+    for path, _ in model.loras:
+        files += [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    known = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    text = json.dumps([known, [weight for _, weight in model.loras]])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_approximate(speed: Speed) -> bool:
@@ -67,10 +94,8 @@ def accelerate(unet: LeanUNet, model: Pipeline, dtype: torch.dtype) -> Run:
         ValueError: a wish that this machine or model cannot fulfil.
     """
     speed = model.speed
-    if may_use_openvino(model):
-        found = _openvino(unet, model, dtype)
-        if found is not None:
-            return found
+    if uses_openvino(model, dtype):
+        return _openvino(unet, model, dtype)
     _set_attention(unet, model, dtype)
     if speed.merge_tokens:
         from latentdiff.lean.merging import merge_tokens
@@ -94,8 +119,13 @@ def accelerate(unet: LeanUNet, model: Pipeline, dtype: torch.dtype) -> Run:
     return Graphs(run)
 
 
-def accelerate_library(model: Pipeline, why_not: str) -> Network:
+def accelerate_library(model: Pipeline, unet: Any, why_not_lean: str) -> Network:
     """The library's own U-Net, for which there is no lean one.
+
+    Args:
+        model: whose wishes count.
+        unet: of diffusers; its attention is changed if another is asked for.
+        why_not_lean: the reason.
 
     Raises:
         ValueError: a wish that only a lean U-Net can fulfil.
@@ -107,19 +137,19 @@ def accelerate_library(model: Pipeline, why_not: str) -> Network:
         if getattr(speed, name) != getattr(plain, name):
             raise ValueError(
                 f"--{name.replace('_', '-')} is for U-Nets like Stable Diffusion's; this model's "
-                f"is another ({why_not}); leave it out"
+                f"is another ({why_not_lean}); leave it out"
             )
     if speed.backend == "openvino":
         raise ValueError(
             "--backend openvino is for U-Nets like Stable Diffusion's; this model's is another "
-            f"({why_not}); use --backend torch"
+            f"({why_not_lean}); use --backend torch"
         )
     if speed.attention != "auto":
         from latentdiff.diffusers_attention import use_attention
 
         attend = choose(speed.attention, model.device, model.dtype, (64,), 1024).attend
-        use_attention(model.unet, attend)
-    return as_network(model.unet)
+        use_attention(unet, attend)
+    return as_network(unet)
 
 
 def accelerate_autoencoder(autoencoder: Autoencoder, speed: Speed) -> None:
@@ -130,14 +160,12 @@ def accelerate_autoencoder(autoencoder: Autoencoder, speed: Speed) -> None:
         autoencoder.enable_slicing()
 
 
-def _openvino(unet: LeanUNet, model: Pipeline, dtype: torch.dtype) -> Run | None:
-    """The U-Net in OpenVINO; None where it is not asked for by name and not exported yet."""
+def _openvino(unet: LeanUNet, model: Pipeline, dtype: torch.dtype) -> Run:
+    """The U-Net in OpenVINO."""
     from latentdiff.backends import openvino
 
-    found = openvino.unet(unet, _exports_beside(model), dtype)
-    if model.speed.backend == "openvino":
-        return found
-    return _OrTorch(found, unet) if found.is_exported else None
+    found = openvino.unet(unet, _exports_beside(model), dtype, identity=_identity(model))
+    return found if model.speed.backend == "openvino" else _OrTorch(found, unet)
 
 
 class _OrTorch:

@@ -11,7 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipelines.pixels import to_mask, to_pixels
-from latentdiff.choices import MASKED_STRENGTH, STRENGTH, UPSCALE_STRENGTH
+from latentdiff.choices import (
+    BATCH_SIZE,
+    MASKED_STRENGTH,
+    STRENGTH,
+    UPSCALE_STRENGTH,
+    check_choice,
+)
 from latentdiff.editing import check_part
 from latentdiff.painter import last_part
 from latentdiff.samplers import find_sampler
@@ -20,7 +26,6 @@ from latentdiff.sampling_defaults import SamplingDefaults
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
 
-_DEFAULT_BATCH = 8  # pictures at a time
 
 Preview = Callable[[int, Tensor, Sequence[int]], None]  # (step, denoised z [b, ...], indices)
 
@@ -103,13 +108,19 @@ def plan(model: Pipeline, prompt: str | Sequence[str], options: Options) -> Call
         ValueError: an unknown sampler, a size that is not a multiple, a bad number, pictures that
             do not fit.
     """
+    for name in options:
+        check_choice("option of generate", name, tuple(Options.__annotations__))
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not texts:
         raise ValueError("prompt is an empty list; give at least one text")
+    seed = options.get("seed", 0)
+    for number in (seed, options.get("variation_seed")):
+        _check_seed(number)
     count = options.get("num_images", 1)
     _at_least("num_images", count, 1)
     batch_size = options.get("batch_size")
-    batch_size = _DEFAULT_BATCH if batch_size is None else batch_size
+    if batch_size is None:
+        batch_size = 1 if model.speed.low_memory else BATCH_SIZE
     _at_least("batch_size", batch_size, 1)
     _at_least("clip_skip", options.get("clip_skip", 0), 0)
     choices = model.defaults.but(
@@ -134,10 +145,21 @@ def plan(model: Pipeline, prompt: str | Sequence[str], options: Options) -> Call
         raise ValueError(f"strength {strength} is for drawing from a picture; give image too")
     if strength is None:
         strength = STRENGTH if masks is None else MASKED_STRENGTH
-    variation = options.get("variation_seed"), options.get("variation_strength", 0.0)
-    if variation[0] is None and variation[1]:
-        raise ValueError(f"variation_strength {variation[1]} needs a variation_seed; give one")
-    check_part(variation[1])
+    variation_seed = options.get("variation_seed")
+    variation_strength = options.get("variation_strength", 0.0)
+    check_part(variation_strength)
+    if variation_seed is None and variation_strength:
+        raise ValueError(
+            f"variation_strength {variation_strength} needs a variation_seed; give one"
+        )
+    if variation_seed is not None and "variation_strength" not in options:
+        raise ValueError(
+            f"variation_seed {variation_seed} needs a variation_strength in [0, 1]; give one"
+        )
+    if variation_seed is not None and latents is not None:
+        raise ValueError("latents are a start of their own; leave out variation_seed")
+    if options.get("upscale") is None and "upscale_strength" in options:
+        raise ValueError("upscale_strength is for the second pass; give upscale too, such as 2")
     call = Call(
         prompts=[text for text in texts for _ in range(count)],
         negatives=_negatives(options.get("negative_prompt", ""), len(texts), count),
@@ -147,12 +169,12 @@ def plan(model: Pipeline, prompt: str | Sequence[str], options: Options) -> Call
         images=images,
         masks=masks,
         strength=strength,
-        seed=options.get("seed", 0),
+        seed=seed,
         batch_size=batch_size,
         clip_skip=options.get("clip_skip", 0),
         latents=latents,
-        variation_seed=variation[0],
-        variation_strength=variation[1],
+        variation_seed=variation_seed,
+        variation_strength=variation_strength,
         upscale_strength=options.get("upscale_strength", UPSCALE_STRENGTH),
     )
     _ = call.steps_per_picture  # checks both strengths
@@ -250,3 +272,8 @@ def _larger_shape(
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def _check_seed(seed: object) -> None:
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**64):
+        raise ValueError(f"a seed must be a whole number from 0 to 2^64 - 1; got {seed!r}")

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that networks compute in
+
 
 def resolve_device(name: str) -> torch.device:
     """`auto` (CUDA, else MPS, else CPU), or a device by name.

@@ -43,19 +43,32 @@ def stream(
         progress: called with b after each step of b pictures.
         preview: called after each step.
 
+    Raises:
+        ValueError: an index is none of the call's.
+
     Yields:
         (number of the picture, picture), as they are done.
     """
+    total = len(call.prompts)
+    wanted = range(total) if indices is None else indices
+    if outside := [i for i in wanted if not 0 <= i < total]:
+        raise ValueError(
+            f"indices must be in 0..{total - 1}, the pictures of the call; got {outside[0]}"
+        )
     inference = model.inference()
-    wanted = range(len(call.prompts)) if indices is None else indices
     with _finisher(inference) as finish:
         pending: deque[tuple[list[int], Future[list[Image.Image]]]] = deque()
-        for batch in batches(call, wanted, inference):
-            z = _finite_latents(model, inference, call, batch, progress, preview)
-            pending.append((batch, finish(_finished, inference, call, batch, z)))
-            # a batch that is being decoded may wait: the GPU has the next one to work on first
-            while len(pending) > 1 or (pending and pending[0][1].done()):
+        try:
+            for batch in batches(call, wanted, inference):
+                z = _finite_latents(model, inference, call, batch, progress, preview)
+                pending.append((batch, finish(_finished, inference, call, batch, z)))
+                # a batch that is being decoded may wait: the GPU has the next one to work on
+                while len(pending) > 1 or (pending and pending[0][1].done()):
+                    yield from _result(pending)
+        except KeyboardInterrupt:  # what is drawn is not lost
+            while pending:
                 yield from _result(pending)
+            raise
         while pending:
             yield from _result(pending)
 
@@ -166,7 +179,7 @@ def _latents(
     begin = extra = known = mask = None
     if call.images is not None:
         pictures = torch.stack([call.images[i] for i in batch]).to(inference.device)
-        begin = inference.encode(pictures)
+        begin = _encoded(inference, pictures)
         if call.masks is not None:
             pixels = torch.stack([call.masks[i] for i in batch]).to(inference.device)
             mask = mask_of_cells(pixels, inference.autoencoder.downscale)
@@ -175,8 +188,10 @@ def _latents(
             else:
                 known = begin
     if inference.sees_mask and extra is None:  # everything is drawn anew
-        z = torch.zeros(len(batch), *call.shape, device=inference.device)
-        extra = torch.cat([torch.ones_like(z[:, :1]), z], 1)
+        height, width = (side * inference.autoencoder.downscale for side in call.shape[1:])
+        pictures = torch.zeros(len(batch), 3, height, width, device=inference.device)
+        pixels = torch.ones_like(pictures[:, :1])
+        extra = _shown(inference, pictures, pixels, torch.ones(len(batch), 1, *call.shape[1:]))
     if extra is not None and call.strength == 1:
         begin = None  # as such networks were trained: nothing of what is masked is known
     z = draw(
@@ -250,5 +265,12 @@ def _start(call: Call, batch: list[int]) -> Tensor:
 
 def _shown(inference: Inference, pictures: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
     """What a nine-channel network sees besides: [b, 1 + c, h, w], the mask sharp."""
-    greyed = pictures * (pixels < 0.5)
-    return torch.cat([(mask >= 0.5).float(), inference.encode(greyed)], 1)
+    z = _encoded(inference, pictures * (pixels < 0.5))
+    return torch.cat([(mask >= 0.5).to(z), z], 1)
+
+
+def _encoded(inference: Inference, pictures: Tensor) -> Tensor:
+    """Clean latents of pictures; equal ones, such as one picture for all, are encoded once."""
+    if (pictures == pictures[:1]).all():
+        return inference.encode(pictures[:1]).expand(len(pictures), -1, -1, -1)
+    return inference.encode(pictures)

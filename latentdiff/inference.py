@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from latentdiff.accelerate import (
     accelerate,
     accelerate_autoencoder,
     accelerate_library,
-    may_use_openvino,
+    uses_openvino,
 )
 from latentdiff.denoiser import Network
 from latentdiff.lean import unet as lean_unet
@@ -24,7 +25,7 @@ from latentdiff.lean.network import LeanNetwork
 from latentdiff.lean.packing import pack
 from latentdiff.lean.reuse import Reuse
 from latentdiff.lean.unet import LeanUNet
-from latentdiff.lean.weights import Unsupported, read_config, read_weights
+from latentdiff.lean.weights import Unsupported, read_config, read_weights, weight_files
 from latentdiff.lora import merge, read_lora
 from latentdiff.modelshape import ModelShape
 from latentdiff.offload import Stage
@@ -73,6 +74,9 @@ class Inference:
     dtype: torch.dtype
     reuse: Reuse | None = None
     places: Mapping[str, Place] = field(default_factory=dict)
+    # one at a time: where half precision overflows, the autoencoder is float32 for a while
+    _lock: Lock = field(default_factory=Lock)
+    _steps: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
     def of(cls, model: Pipeline, modules: Modules | None, dtype: torch.dtype) -> Inference:
@@ -89,15 +93,16 @@ class Inference:
         speed = model.speed
         found = _networks(model, modules, dtype)
         if found.unet is None:
-            network = accelerate_library(model, found.why_not)
+            network = accelerate_library(model, found.library, found.why_not)
             prepare: Callable[[Conditioning], Conditioning] = _as_it_is
         else:
             network = LeanNetwork(found.unet, accelerate(found.unet, model, dtype))
             prepare = network.prepare
-        accelerate_autoencoder(found.autoencoder, speed)
         decoder = found.autoencoder
         if speed.tiny_decoder is not None:
-            decoder = _tiny(speed.tiny_decoder, model.shape).to(model.device, dtype)
+            decoder = _tiny(speed.tiny_decoder, model, dtype)
+        for autoencoder in (found.autoencoder, decoder):
+            accelerate_autoencoder(autoencoder, speed)
         return cls(
             network=network,
             prepare=prepare,
@@ -110,7 +115,7 @@ class Inference:
             device=model.device,
             dtype=dtype,
             reuse=Reuse(speed.reuse) if speed.reuse > 1 else None,
-            places=_places(found, decoder, model.device) if speed.low_memory else {},
+            places=_places(found, decoder, model.device) if visits(model) else {},
         )
 
     @property
@@ -138,24 +143,27 @@ class Inference:
             return 1, 1
         return count_chunks(self.text, prompt), count_chunks(self.text, negative)
 
-    def steps(self) -> AbstractContextManager[object]:
-        """The context in which steps are taken."""
-        return self._at("unet")
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """The context in which steps are taken; the U-Net comes to the device behind the text."""
+        with self._steps:
+            yield
 
     def encode(self, image: Tensor) -> Tensor:
         """Pixels [b, 3, h, w] in [-1, 1] -> clean latents, float32, on the device."""
-        with self._at("vae"):
+        with self._lock, self._at("vae"):
             return self.autoencoder.encode(image.to(self.device)).float()
 
     def decode(self, z: Tensor) -> Tensor:
         """Clean latents -> pixels [b, 3, h, w], about [-1, 1], on the device."""
-        with self._at("vae"):
+        with self._lock, self._at("vae"):
             return self.decoder.decode(z)
 
     def _encode(self, prompts: Sequence[str], clip_skip: int) -> Conditioning:
         assert self.text is not None
         with self._at("text"):
             cond = encode_prompts(self.text, prompts, clip_skip)
+        self._steps.enter_context(self._at("unet"))  # until the end of `steps`
         return self.prepare(cond)
 
     def _at(self, name: str) -> AbstractContextManager[object]:
@@ -167,25 +175,32 @@ class _Networks:
     """U-Net, text tower and autoencoder, as lean as they can be.
 
     Attributes:
+        unet: the lean one; None where there is only the library's.
+        library: which is this.
         why_not: the reason why there is no lean U-Net.
     """
 
     unet: LeanUNet | None
     text: PromptTower | None
     autoencoder: Autoencoder
+    library: Any = None
     why_not: str = ""
 
 
+def visits(model: Pipeline) -> bool:
+    """Whether networks are on the device only while they are at work; else they stay there."""
+    return model.speed.low_memory and model.device.type == "cuda"
+
+
 def _networks(model: Pipeline, modules: Modules | None, dtype: torch.dtype) -> _Networks:
-    # while they only visit the device, they live on the CPU
-    device = _CPU if model.speed.low_memory else model.device
-    wide = torch.float32 if may_use_openvino(model) else dtype  # which does the rounding itself
+    device = _CPU if visits(model) else model.device
+    wide = torch.float32 if uses_openvino(model, dtype) else dtype  # which rounds by itself
     if modules is not None:  # what they are now, whatever was on the disk
-        return _of_modules(modules, device, wide)
+        return _of_modules(model, modules, device, wide)
     source = model.source
     assert source is not None  # a model without modules was loaded from somewhere
     if not model.has_text:
-        return _Networks(None, None, Autoencoder.identity(), "it draws without text")
+        return _of_modules(model, model.modules, device, wide)
     configs = {name: read_config(source / name) for name in ("unet", "text_encoder", "vae")}
     try:
         reason = lean_unet.why_not(configs["unet"]) or why_not_lean(configs["vae"])
@@ -205,17 +220,28 @@ def _networks(model: Pipeline, modules: Modules | None, dtype: torch.dtype) -> _
             pack(autoencoder.model)  # half precision may have to be widened, which packed is not
         return _Networks(unet, text, autoencoder)
     except Unsupported:
-        return _of_modules(model.modules, device, wide)
+        if not all(weight_files(source / name) for name in configs):
+            raise  # the libraries would open what is no safetensors
+        return _of_modules(model, model.modules, device, wide)
 
 
-def _of_modules(modules: Modules, device: torch.device, dtype: torch.dtype) -> _Networks:
-    """Around the libraries' modules, with a lean U-Net of the same weights if it can be one."""
+def _of_modules(
+    model: Pipeline, modules: Modules, device: torch.device, dtype: torch.dtype
+) -> _Networks:
+    """Around the libraries' modules, with a lean U-Net of the same weights if it can be one.
+
+    The modules are their owner's: what would move, tile or round them gets copies.
+    """
     config = modules.unet.config
     reason = "it draws without text" if modules.text is None else lean_unet.why_not(config)
     unet = None
     if reason is None:
         unet = LeanUNet.from_weights(config, modules.unet.state_dict(), device, dtype)
-    return _Networks(unet, modules.text, modules.autoencoder, reason or "")
+    speed = model.speed
+    is_touched = speed.tiled or speed.sliced or speed.low_memory or speed.attention != "auto"
+    if is_touched or dtype != modules.unet.dtype:
+        modules = modules.in_their_own(device, dtype)
+    return _Networks(unet, modules.text, modules.autoencoder, modules.unet, reason or "")
 
 
 def _places(networks: _Networks, decoder: Autoencoder, device: torch.device) -> dict[str, Place]:
@@ -230,20 +256,21 @@ def _itself(stage: Stage) -> Stage:
     return stage
 
 
-def _tiny(source: str, shape: ModelShape) -> Autoencoder:
-    """A tiny autoencoder that decodes these latents.
+def _tiny(source: str, model: Pipeline, dtype: torch.dtype) -> Autoencoder:
+    """A tiny autoencoder that decodes the model's latents.
 
     Raises:
         ValueError: there is none, or it is for other latents.
     """
-    found = Autoencoder.load(source)
+    found = Autoencoder.load(source).to(model.device, dtype).eval()
+    shape = model.shape
     if (found.latent_channels, found.downscale) != (shape.latent_channels, shape.downscale):
         raise ValueError(
             f"tiny decoder {source} is for latents of {found.latent_channels} channels, "
             f"{found.downscale} px a cell; this model's have {shape.latent_channels} and "
             f"{shape.downscale}; SD 1.x takes madebyollin/taesd"
         )
-    return found.eval()
+    return found
 
 
 def _as_it_is(cond: Conditioning) -> Conditioning:

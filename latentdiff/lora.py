@@ -312,9 +312,8 @@ def merge(
     """
     if not math.isfinite(weight):
         raise ValueError(f"the weight of LoRA {lora.path} must be finite; got {weight}")
+    targets = find_targets(lora, unet, text)
     merged = {"unet": dict(unet), "text": dict(text or {})}
-    targets = model_targets(merged["unet"], merged["text"])
-    _check_model(lora, targets, merged)
     for target, factors in lora.layers.items():
         part, name = targets[target]
         merged[part][name] = _merged(merged[part][name], factors, weight, lora.path, name)
@@ -356,12 +355,16 @@ def _merged(base: Tensor, factors: Factors, weight: float, path: Path, name: str
     return merged
 
 
-def _check_model(
-    lora: Lora,
-    targets: Mapping[str, tuple[str, str]],
-    model: Mapping[str, Mapping[str, Tensor]],
-) -> None:
-    """Raise ValueError unless each layer of the LoRA has a weight of its shape in the model."""
+def find_targets(
+    lora: Lora, unet: Mapping[str, Tensor], text: Mapping[str, Tensor] | None = None
+) -> Mapping[str, tuple[str, str]]:
+    """Which weights of a model the LoRA changes: target -> (unet | text, name).
+
+    Raises:
+        ValueError: a layer of the LoRA has no weight of its shape in the model.
+    """
+    model = {"unet": unet, "text": text or {}}
+    targets = model_targets(model["unet"], model["text"])
     lost = [factors.layer for target, factors in lora.layers.items() if target not in targets]
     unlike: list[str] = []
     for target, factors in lora.layers.items():
@@ -371,7 +374,7 @@ def _check_model(
             if not _fits(factors.shape, shape):
                 unlike.append(f"{factors.layer} is {list(factors.shape)}, here {list(shape)}")
     if not (lost or unlike):
-        return
+        return targets
     problems = []
     for layers, what in ((lost, "are not here"), (unlike, "have other shapes")):
         if layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,13 +109,25 @@ class Modules:
             read_lora(path), weight, self.unet, None if self.text is None else self.text.model
         )
 
+    def in_their_own(self, device: torch.device, dtype: torch.dtype) -> Modules:
+        """Copies that others may move, stage and tile, in this place and precision."""
+        copies = copy.deepcopy(self)
+        copies.to(device, dtype)
+        return copies
+
+    @torch.no_grad()
     def fingerprint(self) -> tuple[object, ...]:
-        """Changes when any weight is moved, replaced or written to."""
-        return tuple(
-            (name, p.data_ptr(), p.dtype, None if p.is_inference() else p._version)
-            for name, module in self.with_weights.items()
-            for p in module.parameters()
-        )
+        """Changes when any weight is moved, replaced or written to.
+
+        By values: torch's count of writes misses those of fused optimisers and through `.data`.
+        """
+        weights = [p for module in self.with_weights.values() for p in module.parameters()]
+        if not weights:
+            return ()
+        wide = [p.detach().float() for p in weights]
+        values = torch.stack([part for p in wide for part in (p.sum(), p.norm())])
+        places = tuple((p.data_ptr(), p.dtype) for p in weights)
+        return (*places, *values.tolist())
 
 
 def check_sides(data: DataConfig, multiple_px: int, whose: str) -> None:

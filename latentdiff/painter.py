@@ -94,7 +94,10 @@ class Painter:
         denoise = self._denoise(prompts, negative_prompt, choices, learned, wrap)
 
         def noise(x: Tensor, step: int) -> Tensor:
-            return normal(x.shape[1:], seed, indices, f"{purpose}-{step}").to(x)
+            fresh = normal(x.shape[1:], seed, indices, f"{purpose}-{step}")
+            if x.device.type == "cuda":  # from page-locked memory it is copied without a wait
+                fresh = fresh.pin_memory()
+            return fresh.to(x.device, x.dtype, non_blocking=True)
 
         return draw(denoise, x, sigmas, noise if sampler in STOCHASTIC else None, callback)
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from latentdiff.buildschedule import build_schedule
 from latentdiff.call import Call, Options, plan
+from latentdiff.devices import DTYPES, resolve_device
 from latentdiff.diffusers_format import (
     PRETRAINED,
     check_model_directory,
@@ -21,7 +22,7 @@ from latentdiff.diffusers_format import (
 )
 from latentdiff.generate import stream
 from latentdiff.inference import Inference
-from latentdiff.lean.weights import read_config
+from latentdiff.lean.weights import read_config, read_weights
 from latentdiff.modelshape import ModelShape
 from latentdiff.painter import Painter
 from latentdiff.samplers import Denoise
@@ -174,7 +175,7 @@ class Pipeline:
         from latentdiff.saving import save
 
         save(self, Path(directory), dtype)
-        self.source = Path(directory)
+        self.source, self.loras = Path(directory), []
 
     @property
     def modules(self) -> Modules:
@@ -183,10 +184,11 @@ class Pipeline:
             from latentdiff.modules import Modules
 
             assert self.source is not None  # only `load` leaves them out
-            self._modules = Modules.load(self.source)
-            self._modules.to(*self._place)
-            for path, weight in self.loras:
-                self._modules.merge(path, weight)
+            with torch.inference_mode(False):  # or nobody could train them
+                self._modules = Modules.load(self.source)
+                self._modules.to(*self._place)
+                for path, weight in self.loras:
+                    self._modules.merge(path, weight)
         return self._modules
 
     @property
@@ -205,8 +207,17 @@ class Pipeline:
         return self.modules.text
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Pipeline:
-        """Move all networks; returns self."""
-        self._place = (torch.device(device), dtype)
+        """Move all networks; returns self.
+
+        Raises:
+            ValueError: no such device here, or a dtype that is none of float32, bfloat16, float16.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"dtype {dtype} is not for networks; use float32, bfloat16 or float16; for weights "
+                "of 8 bits set speed = Speed(quantise='int8')"
+            )
+        self._place = (resolve_device(str(device)), dtype)
         if self._modules is not None:
             self._modules.to(device, dtype)
         return self
@@ -217,9 +228,15 @@ class Pipeline:
         Raises:
             ValueError: it is no LoRA file, or one of another architecture.
         """
-        self.loras.append((Path(path), weight))
+        from latentdiff.lora import find_targets, read_lora
+
         if self._modules is not None:
-            self._modules.merge(Path(path), weight)
+            with torch.inference_mode(False):
+                self._modules.merge(Path(path), weight)
+        elif self.source is not None:
+            parts = [self.source / name for name in ("unet", "text_encoder")]
+            find_targets(read_lora(path), *(read_weights(p) if p.is_dir() else {} for p in parts))
+        self.loras = [*self.loras, (Path(path), weight)]
 
     @property
     def device(self) -> torch.device:
@@ -230,6 +247,11 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         """Of the U-Net's weights."""
         return self._place[1] if self._modules is None else self._modules.unet.dtype
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether the libraries' modules are loaded, whose weights may be another's to change."""
+        return self._modules is not None
 
     @property
     def has_text(self) -> bool:
@@ -268,14 +290,15 @@ class Pipeline:
 
     def inference(self) -> Inference:
         """The networks as `generate` uses them; made anew when weights or wishes have changed."""
-        modules = self._modules
-        weights = None if modules is None else modules.fingerprint()
-        made_of = (self._place, self.speed, self.source, tuple(self.loras), weights)
-        if self._inference is None or self._made_of != made_of:
+        if self._inference is None or self._made_of != self._what_counts():
             self._inference = None  # its memory first
-            self._inference = Inference.of(self, modules, self.dtype)
-            self._made_of = made_of
+            self._inference = Inference.of(self, self._modules, self.dtype)
+            self._made_of = self._what_counts()  # now, for modules may have been loaded
         return self._inference
+
+    def _what_counts(self) -> object:
+        weights = None if self._modules is None else self._modules.fingerprint()
+        return self._place, self.speed, self.source, self.loras, weights
 
     def inference_in_float32(self) -> Inference:
         """The same where half precision overflows: made anew, and not kept."""
@@ -314,7 +337,7 @@ class Pipeline:
                 variation_seed: another seed, towards which the start is turned.
                 variation_strength: in [0, 1], how far.
                 upscale: factor of a second pass on enlarged latents (high-resolution fix).
-                upscale_strength: in [0, 1], of the second pass; default: 0.6.
+                upscale_strength: in [0, 1], of the second pass; default: 0.4.
                 progress: called with the number of pictures after each step of a batch.
                 preview: called with (step, clean latents [b, c, h, w], pictures' numbers) then.
 

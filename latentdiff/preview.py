@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipelines.pixels import to_image
 from latentdiff.caches import cache_directory
@@ -99,9 +99,15 @@ def fit(autoencoder: Autoencoder) -> Projection:
     return Projection(solved.solution.float())
 
 
-def projection_of(autoencoder: Autoencoder) -> Projection:
-    """`fit`, kept in the user's cache for the next time that these very weights are used."""
-    path = _cache_path(autoencoder)
+def projection_of(autoencoder: Autoencoder, key: str | None = None) -> Projection:
+    """`fit`, kept in the user's cache for the next time that these very weights are used.
+
+    Args:
+        autoencoder: as for `fit`.
+        key: stands for its weights, such as their model's hash. None: they are hashed; what has
+            weights in other places than its state_dict, packed ones, is fitted each time.
+    """
+    path = _cache_path(autoencoder, key)
     kept = None if path is None else _read(path, autoencoder.latent_channels)
     if kept is not None:
         return kept
@@ -171,11 +177,14 @@ def _patchworks(patch_px: int) -> Tensor:
     return F.interpolate(colours, scale_factor=patch_px, mode="nearest")
 
 
-def _cache_path(autoencoder: Autoencoder) -> Path | None:
+def _cache_path(autoencoder: Autoencoder, key: str | None) -> Path | None:
     """Named after the weights and the norm of the latents; None where nothing can be kept."""
-    digest = hashlib.sha256(json.dumps([_NUM_PICTURES, _PATCHES, _PATCH_CELLS]).encode())
+    if key is None and _hides_weights(autoencoder):
+        return None
+    digest = hashlib.sha256(json.dumps([_NUM_PICTURES, _PATCHES, _PATCH_CELLS, key]).encode())
     norm = {"shift": autoencoder.norm.shift, "scale": autoencoder.norm.scale}
-    for name, value in {**autoencoder.state_dict(), **norm}.items():
+    weights = autoencoder.state_dict() if key is None else {}
+    for name, value in {**weights, **norm}.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\0".encode())
         flat = value.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy())
@@ -183,6 +192,12 @@ def _cache_path(autoencoder: Autoencoder) -> Path | None:
         return cache_directory() / "previews" / f"{digest.hexdigest()[:32]}.json"
     except ValueError:  # no home
         return None
+
+
+def _hides_weights(network: nn.Module) -> bool:
+    """Whether tensors are plain attributes of a part (`latentdiff.lean.packing`): not hashed."""
+    values = (value for part in network.modules() for value in vars(part).values())
+    return any(isinstance(value, Tensor) for value in values)
 
 
 def _read(path: Path, channels: int) -> Projection | None:

@@ -94,7 +94,7 @@ class Way:
         is_tiled: the decoder works tile by tile, where a picture is larger than a tile.
         is_sliced: the decoder works picture by picture.
         offload: none: all networks stay on the device; network: only the one that is at work is
-            there; block: of the U-Net only two blocks, too (`offload.BlockStage`).
+            there (`offload.Stage`).
         kernels: whose: CUDA's copy more than a CPU's.
     """
 
@@ -106,7 +106,7 @@ class Way:
     is_guided: bool = True
     is_tiled: bool = False
     is_sliced: bool = False
-    offload: Literal["none", "network", "block"] = "none"
+    offload: Literal["none", "network"] = "none"
     kernels: Literal["cuda", "cpu"] = "cuda"
 
     @property
@@ -203,7 +203,7 @@ def unet_phase(configs: Configs, way: Way, num_steps: int = 50) -> Phase:
 
     length = configs.text.get("max_position_embeddings", 77)
     hidden = (way.rows, length, unet.shape.text_channels)
-    found = _phase(
+    return _phase(
         "step",
         unet,
         way,
@@ -212,10 +212,6 @@ def unet_phase(configs: Configs, way: Way, num_steps: int = 50) -> Phase:
         torch.empty(hidden, dtype=way.dtype, device=_META),
         torch.empty(num_steps, device=_META),
     )
-    if way.offload != "block":
-        return found
-    blocks = [num_bytes(block) for block in (*unet.down, *unet.middle, *unet.up)]
-    return replace(found, weights=found.weights - sum(blocks) + 2 * max(blocks))
 
 
 def decoder_phase(configs: Configs, way: Way) -> Phase:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from latentdiff.devices import cast
 from latentdiff.diffusers_format import write_model_index
 from latentdiff.files import staged
 from latentdiff.scheduler_format import saved_scheduler
@@ -33,10 +32,9 @@ def save(model: Pipeline, target: Path, dtype: torch.dtype) -> None:
             "instead"
         )
     modules = model.modules
-    kept = {name: module.dtype for name, module in modules.with_weights.items()}
+    if any(module.dtype != dtype for module in modules.with_weights.values()):
+        modules = modules.in_their_own(torch.device("cpu"), dtype)  # the model's stay as they are
     try:
-        for module in modules.with_weights.values():
-            cast(module, module.device, dtype)
         with staged(target) as partial:
             modules.unet.save_pretrained(partial / "unet", safe_serialization=True)
             if modules.text is not None:
@@ -45,9 +43,6 @@ def save(model: Pipeline, target: Path, dtype: torch.dtype) -> None:
             _save_description(model, partial, layout)
     except SafetensorError as error:  # which is how a full disk is told
         raise OSError(f"{target} cannot be written: {error}") from error
-    finally:
-        for name, module in modules.with_weights.items():
-            cast(module, module.device, kept[name])
 
 
 def _save_description(model: Pipeline, directory: Path, layout: str) -> None:

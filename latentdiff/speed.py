@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from latentdiff.choices import ATTENTIONS, BACKENDS, QUANTISATIONS, check_choice
 
 _MOST_MERGED = 0.75  # of each square of 2 x 2 tokens one stays
-_OF_TORCH = ("compile", "low_memory", "reuse", "merge_tokens", "quantise")
+_OF_TORCH = ("attention", "compile", "low_memory", "reuse", "merge_tokens", "quantise")
+_NOT_COMPILED = {
+    "low_memory": "compiled networks stay where they are",
+    "reuse": "it takes the U-Net apart",
+}
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class Speed:
         check_choice("backend", self.backend, BACKENDS)
         if self.quantise is not None:
             check_choice("quantisation", self.quantise, QUANTISATIONS)
-        if self.reuse < 1:
-            raise ValueError(f"--reuse must be at least 1; got {self.reuse}; 1 is off, 3 is usual")
+        if not isinstance(self.reuse, int) or self.reuse < 1:
+            raise ValueError(
+                f"--reuse must be a whole number from 1 on; got {self.reuse}; 1 is off, 3 is usual"
+            )
         if not 0 <= self.merge_tokens <= _MOST_MERGED:
             raise ValueError(
                 f"--merge-tokens must be in [0, {_MOST_MERGED}]; got {self.merge_tokens:g}; "
@@ -61,3 +67,9 @@ class Speed:
                 f"--{option} is of --backend torch, but openvino is asked for; leave one of them "
                 "out"
             )
+        for name, reason in _NOT_COMPILED.items():
+            if self.compile and getattr(self, name) != getattr(Speed, name):
+                option = name.replace("_", "-")
+                raise ValueError(
+                    f"--compile and --{option} exclude each other: {reason}; leave one of them out"
+                )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vae.latent_norm import LatentNorm
+from vae.tiles import MIN_TILE_PX
 
 if TYPE_CHECKING:  # whoever only draws has no config
     from vae.config import AutoencoderConfig, KLConfig, TinyConfig
@@ -176,6 +177,8 @@ class Autoencoder(nn.Module):
     def enable_tiling(self, enabled: bool = True) -> None:
         """Encode and decode large images tile by tile (less memory, faint seams).
 
+        A tile is at least 512 px wide and high, so that smaller images are not cut at all.
+
         Raises:
             ValueError: an AutoencoderTiny that diffusers' tiles do not fit.
         """
@@ -185,6 +188,11 @@ class Autoencoder(nn.Module):
                 "diffusers tiles an AutoencoderTiny of 4 latent channels and downscale 8 alone; "
                 f"got {shape[0]} and {shape[1]}; leave tiling off"
             )
+        if enabled and type(self.model).__name__ == "AutoencoderKL":
+            # diffusers takes the config's sample_size, which may be 32; LeanKL's are large enough
+            side = max(MIN_TILE_PX, self.model.tile_sample_min_size)
+            self.model.tile_sample_min_size = side
+            self.model.tile_latent_min_size = side // self.downscale
         if self.model is not None:
             (self.model.enable_tiling if enabled else self.model.disable_tiling)()
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.lean_weights import refuse_others, taken
-from vae.tiles import sliced, tiled
+from vae.tiles import MIN_TILE_PX, sliced, tiled
 
 # what AutoencoderKL's config says where a file says nothing
 _DEFAULTS: dict[str, Any] = {
@@ -97,7 +97,8 @@ class LeanKL(nn.Module):
         config: of AutoencoderKL.
         use_tiling: encode and decode tile by tile what is larger than a tile.
         use_slicing: encode and decode one image after the other.
-        tile_sample_min_size: side of a tile in pixels.
+        tile_sample_min_size: side of a tile in pixels; at first at least 512, where diffusers takes
+            the config's sample_size.
         tile_latent_min_size: the same in the latent.
     """
 
@@ -116,7 +117,7 @@ class LeanKL(nn.Module):
             self.post_quant_conv = nn.Conv2d(channels, channels, 1)
         self.downscale = 2 ** (len(self.config["block_out_channels"]) - 1)
         self.use_tiling = self.use_slicing = False
-        self.tile_sample_min_size = self.config["sample_size"]
+        self.tile_sample_min_size = max(MIN_TILE_PX, self.config["sample_size"])
         self.tile_latent_min_size = self.tile_sample_min_size // self.downscale
 
     @classmethod

@@ -9,6 +9,10 @@ from torch import Tensor
 
 Network = Callable[[Tensor], Tensor]
 
+# A tile's side, at least. In a smaller one the group norms see too little of the picture: at 32 px,
+# which some configs name, colours change by a fifth of their range.
+MIN_TILE_PX = 512
+
 
 def tiled(
     network: Network, x: Tensor, tile_in: int, step_in: int, tile_out: int, step_out: int

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # relative error of one evaluation against float32 in PyTorch, above which it is refused
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_MODEL = "model.xml"
 _KEPT_BYTES = 2 << 30  # compiled shapes in memory, by the size of their weights; always at least 2
 
 
@@ -53,6 +54,7 @@ class OpenVINO:
             the user's cache.
         dtype: float32 or bfloat16, what is computed in; the results are float32.
         options: what else than its weights makes the network compute something else.
+        identity: stands for the weights, which are hashed without it (`find_home`).
 
     Raises:
         ValueError: OpenVINO is not installed, or has no such precision.
@@ -65,13 +67,14 @@ class OpenVINO:
         directory: Path | None = None,
         dtype: torch.dtype = torch.float32,
         options: str = "",
+        identity: str | None = None,
     ) -> None:
         _check(network, dtype)
         import openvino
 
         self._network, self._inputs, self._dtype = network, tuple(inputs), dtype
         self._core = openvino.Core()
-        self._home = find_home(directory, network, inputs, options)
+        self._home = find_home(directory, network, inputs, options, identity)
         self._num_bytes = sum(weight.nbytes for weight in network.parameters())
         self._requests: OrderedDict[tuple[Shape, ...], Any] = OrderedDict()  # last used last
 
@@ -89,7 +92,7 @@ class OpenVINO:
     @property
     def is_exported(self) -> bool:
         """Whether the network is on disk for OpenVINO; where it is not, the first call exports."""
-        return (self._home / "model.xml").exists()
+        return (self._home / _MODEL).exists()
 
     def prepare(self, *shapes: Sequence[int]) -> None:
         """Compile now for these shapes of the inputs, or take from disk what is there.
@@ -180,7 +183,7 @@ class OpenVINO:
 
     def _exported(self) -> Any:
         """The model of all shapes, read from disk; exported before where it is not there."""
-        path = self._home / "model.xml"
+        path = self._home / _MODEL
         if path.exists():
             try:
                 return self._core.read_model(path)
@@ -197,6 +200,7 @@ def unet(
     directory: Path | None = None,
     dtype: torch.dtype = torch.float32,
     options: str = "",
+    identity: str | None = None,
 ) -> OpenVINO:
     """LeanUNet.forward by OpenVINO, a `backends.Run`.
 
@@ -205,50 +209,47 @@ def unet(
         directory: as for `OpenVINO`.
         dtype: float32 or bfloat16.
         options: as for `OpenVINO`: of merged tokens, their ratio.
+        identity: as for `OpenVINO`.
 
     Raises:
         ValueError: OpenVINO is not installed, or has no such precision.
     """
+    inputs, what = _inputs(network), _what(network, options)
+    return OpenVINO(network, inputs, directory, dtype, what, identity)
+
+
+def is_exported(
+    network: LeanUNet, directory: Path | None, identity: str, options: str = ""
+) -> bool:
+    """Whether `unet` with these arguments would find its export; no weight is looked at.
+
+    Args:
+        network: on any device, the meta device too.
+        directory: as for `OpenVINO`.
+        identity: as for `OpenVINO`.
+        options: as for `unet`.
+    """
+    if find_spec("openvino") is None:
+        return False
+    home = find_home(directory, network, _inputs(network), _what(network, options), identity)
+    return (home / _MODEL).exists()
+
+
+def _what(network: LeanUNet, options: str) -> str:
+    """What a U-Net computes, but for its weights: not all of a config shows in their shapes."""
+    return f"{network.shape} {options}"
+
+
+def _inputs(network: LeanUNet) -> tuple[Input, ...]:
+    """What `LeanUNet.forward` takes."""
     shape = network.shape
     side = 2 ** (len(network.config["block_out_channels"]) - 1)
     image: Axes = {0: ("b", 1), 2: ("h", side), 3: ("w", side)}
-    inputs = (
+    return (
         Input("noisy", (2, shape.in_channels, 3 * side, 2 * side), image),
         Input("time", (1, network.time_all.out_features), {}),
         Input("text", (6, 3, network.text_all.out_features), {0: ("rows", 1), 1: ("n", 1)}),
     )
-    return OpenVINO(network, inputs, directory, dtype, options)
-
-
-def decoder(
-    autoencoder: Any, directory: Path | None = None, dtype: torch.dtype = torch.float32
-) -> OpenVINO:
-    """An autoencoder's decoder by OpenVINO: raw latent [b, c, h, w] -> image [b, 3, h*d, w*d].
-
-    Args:
-        autoencoder: LeanKL, or of diffusers; float32, on the CPU, neither tiled nor sliced.
-        directory: as for `OpenVINO`.
-        dtype: float32 or bfloat16.
-
-    Raises:
-        ValueError: OpenVINO is not installed, or has no such precision.
-    """
-    image: Axes = {0: ("b", 1), 2: ("h", 1), 3: ("w", 1)}
-    channels = autoencoder.config["latent_channels"]
-    return OpenVINO(
-        _Decoder(autoencoder), (Input("z", (2, channels, 6, 4), image),), directory, dtype
-    )
-
-
-class _Decoder(nn.Module):
-    """An autoencoder without its encoder: raw latent -> image."""
-
-    def __init__(self, autoencoder: Any) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.autoencoder.decode(z).sample
 
 
 def _check(network: nn.Module, dtype: torch.dtype) -> None:

@@ -117,18 +117,24 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _key(network: nn.Module, inputs: Sequence[Input], options: str) -> str:
+def _key(network: nn.Module, inputs: Sequence[Input], options: str, identity: str | None) -> str:
     """What an export depends on, as a name: weights, code and versions."""
     import openvino
 
+    weights = ["hash", _hash_of_weights(network)] if identity is None else ["identity", identity]
+    versions = (_FORMAT, __version__, torch.__version__, openvino.__version__)
+    shapes = [(each.name, each.example) for each in inputs]
+    what = [versions, type(network).__name__, shapes, options, weights]
+    return digest(json.dumps(what).encode())
+
+
+def _hash_of_weights(network: nn.Module) -> str:
+    """Takes about a second for each GB."""
     sha = hashlib.sha256()
     for name, weight in network.state_dict().items():
         sha.update(f"{name} {tuple(weight.shape)}".encode())
         sha.update(_flat(weight).numpy().data)
-    versions = (_FORMAT, __version__, torch.__version__, openvino.__version__)
-    shapes = [(each.name, each.example) for each in inputs]
-    what = [versions, type(network).__name__, shapes, options, sha.hexdigest()]
-    return digest(json.dumps(what).encode())
+    return sha.hexdigest()
 
 
 def _flat(weight: Tensor) -> Tensor:
@@ -138,17 +144,23 @@ def _flat(weight: Tensor) -> Tensor:
 
 
 def find_home(
-    directory: Path | None, network: nn.Module, inputs: Sequence[Input], options: str
+    directory: Path | None,
+    network: nn.Module,
+    inputs: Sequence[Input],
+    options: str,
+    identity: str | None = None,
 ) -> Path:
     """Where the export of this network is, or is to be.
 
     Args:
         directory: of the model's exports; None, or one that cannot be written: the user's cache.
-        network: whose weights decide.
+        network: whose weights decide; on the CPU, if they are to be hashed.
         inputs: of it.
         options: whatever else decides.
+        identity: stands for the weights, such as a digest of their files' paths, sizes and times:
+            it must change whenever a weight does. None: all weights are hashed.
     """
-    key = _key(network, inputs, options)
+    key = _key(network, inputs, options, identity)
     if directory is not None and (directory / key).is_dir():
         return directory / key
     if directory is None or not _is_writable(directory):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentdiff.caches import cache_directory
 
@@ -83,20 +82,6 @@ def operation_error(dtype: torch.dtype) -> float:
             relative_error(run(*(x.to(dtype) for x in given)), run(*given))
             for run, given in operations
         )
-
-
-def check(module: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> float:
-    """The relative error of one evaluation in `dtype` against float32.
-
-    Args:
-        module: of any precision; it stays as it is.
-        inputs: float32, on the module's device.
-        dtype: to be checked.
-    """
-    with torch.inference_mode():
-        exact = copy.deepcopy(module).float()(*inputs)
-        rounded = copy.deepcopy(module).to(dtype)(*(x.to(dtype) for x in inputs))
-    return relative_error(rounded, exact)
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

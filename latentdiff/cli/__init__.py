@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
@@ -158,7 +161,37 @@ def _show_warning(message: Any, *_: Any) -> None:
 
 def main() -> None:
     """Runs the shell's command line; the entry point of `latentdiff`."""
+    codes: list[int] = []
+    # first in, so last out: after threads have been waited for, and all that others registered
+    atexit.register(_leave_if_interrupted, codes)
+    sys.excepthook = _tell_or_leave
     quiet_libraries()
-    code = run(sys.argv[1:])
+    codes.append(run(sys.argv[1:]))
+    if codes[0] == INTERRUPTED:
+        signal.signal(signal.SIGINT, _leave)  # one more Ctrl-C does not wait for threads
     gc.freeze()  # or Python looks for garbage in all that torch is, 0.5 s, before it ends
-    sys.exit(code)
+    sys.exit(codes[0])
+
+
+def _leave_if_interrupted(codes: Sequence[int]) -> None:
+    if INTERRUPTED in codes:
+        _leave()
+
+
+def _tell_or_leave(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if issubclass(kind, KeyboardInterrupt):  # the second Ctrl-C, while the first one is told
+        _leave()
+    sys.__excepthook__(kind, error, trace)
+
+
+def _leave(*_: object) -> None:
+    """Ends the process at once, with Ctrl-C's code for certain.
+
+    Left to itself, Python kills itself by SIGINT where a second one is not caught, and lets SIGINT
+    kill it while it takes itself down: a shell would see -2.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, RuntimeError):  # no reader; closed; flushed just now
+            stream.flush()
+    os._exit(INTERRUPTED)

@@ -29,7 +29,8 @@ def sample(
         _option(
             _PICTURE,
             "A prompt in each line; .jsonl or .csv with settings for each; or a folder of .txt "
-            "files, whose names the pictures get.",
+            "files, whose names the pictures get. A line with a seed of its own is drawn alone, "
+            "which is slower.",
         ),
     ] = None,
     from_: Annotated[
@@ -55,7 +56,7 @@ def sample(
         float | None, _option(_PICTURE, "Enlarge by this factor, and draw over it once more.")
     ] = None,
     upscale_strength: Annotated[
-        float | None, _option(_PICTURE, "Share of the steps that --upscale takes.", "0.6")
+        float | None, _option(_PICTURE, "Share of the steps that --upscale takes.", "0.4")
     ] = None,
     init_image: Annotated[Path | None, _option(_FROM, "A picture to begin from.")] = None,
     strength: Annotated[
@@ -106,7 +107,8 @@ def sample(
         ),
     ] = None,
     batch_size: Annotated[
-        int | None, _option(_SPEED, "Pictures drawn at a time; changes no picture.", "8")
+        int | None,
+        _option(_SPEED, "Pictures drawn at a time; changes no picture.", "8, with --low-memory 1"),
     ] = None,
     device: Annotated[
         str | None, _option(_SPEED, "auto, cpu, cuda, cuda:N or mps.", "auto")

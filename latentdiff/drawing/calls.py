@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.drawing.namedfiles import read_picture
+from latentdiff.drawing.outofmemory import Drawing, OutOfMemory, advice
 from latentdiff.drawing.request import Plan
 from latentdiff.drawing.series import Picture, Series
 from latentdiff.drawing.wish import Wish
@@ -36,7 +37,7 @@ def load_model(planned: Plan) -> Pipeline:
     pipeline = Pipeline.load(planned.source, loras)
     pipeline.speed = planned.story.speed
     pipeline.to(device, _find_dtype(planned.story.dtype, device))
-    with _memory_explained(pipeline, planned, planned.pictures[0].wish):
+    with memory_explained(pipeline, planned, planned.pictures[0].wish):
         pipeline.inference()  # here, so that its time is told apart
     gc.freeze()
     gc.enable()
@@ -77,7 +78,6 @@ def draw_series(
     """
     by_index = {picture.index: picture for picture in wanted}
     place, rows = (0, 1) if planned.batch is None else planned.batch
-    share = 1 / (_steps(series.wish) * rows)
     batches: dict[int, tuple[int, int]] = {}
 
     def after(step: int, z: Any, batch: Sequence[int]) -> None:
@@ -86,25 +86,28 @@ def draw_series(
         if preview is not None:
             preview(step, z, batch)
 
-    drawn = pipeline.stream(
-        series.prompts,
-        indices=list(by_index) * rows,
-        negative_prompt=series.negatives,
-        num_images=series.num_images,
-        batch_size=max(planned.batch_size, rows),
-        progress=lambda count: advance(count * share),
-        preview=after,
-        **arguments(series.wish),
-    )
-    with _memory_explained(pipeline, planned, series.wish):
+    with memory_explained(pipeline, planned, series.wish):
+        asked = options(series)
+        num_steps = max(pipeline.plan(series.prompts, **asked).steps_per_picture, 1)
+        drawn = pipeline.stream(
+            series.prompts,
+            indices=list(by_index) * rows,
+            batch_size=max(planned.batch_size, rows),
+            progress=lambda count: advance(count / (num_steps * rows)),
+            preview=after,
+            **asked,
+        )
         for number, (index, image) in enumerate(drawn):
             if rows == 1 or number == place:
                 yield by_index[index], image, batches.get(index, (0, 1))
 
 
-def arguments(wish: Wish) -> dict[str, Any]:
-    """A wish in the words of `Pipeline.stream`."""
+def options(series: Series) -> dict[str, Any]:
+    """A series' wish in the words of `Pipeline.stream`; without the prompts."""
+    wish = series.wish
     found: dict[str, Any] = {
+        "negative_prompt": series.negatives,
+        "num_images": series.num_images,
         "seed": wish.seed,
         "steps": wish.steps,
         "guidance_scale": wish.guidance,
@@ -130,27 +133,31 @@ def arguments(wish: Wish) -> dict[str, Any]:
     return found
 
 
-def _steps(wish: Wish) -> float:
-    """About how many steps a picture takes, both passes together."""
-    shares = (1.0 if wish.strength is None else wish.strength) + (wish.upscale_strength or 0.0)
-    return max((wish.steps or 1) * shares, 1.0)
-
-
 @contextmanager
-def _memory_explained(pipeline: Pipeline, planned: Plan, wish: Wish) -> Iterator[None]:
-    """Out of memory becomes a user's error that says what to try."""
+def memory_explained(
+    pipeline: Pipeline, planned: Plan, wish: Wish, num_pictures: int | None = None
+) -> Iterator[None]:
+    """Out of memory becomes a user's error that says what to try.
+
+    Args:
+        pipeline: what draws.
+        planned: of which the drawing is a part.
+        wish: of what is drawn.
+        num_pictures: at a time; default: the plan's.
+
+    Raises:
+        OutOfMemory: memory ran out.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        from latentdiff.drawing.outofmemory import Drawing, advice
-
         side, speed = planned.shape.default_size_px, planned.story.speed
         factor = wish.upscale or 1
         told = advice(
             error,
             Drawing(
                 device=str(pipeline.device),
-                batch_size=min(planned.batch_size, len(planned.pictures)),
+                batch_size=num_pictures or min(planned.batch_size, len(planned.pictures)),
                 height=round((wish.height or side) * factor),
                 width=round((wish.width or side) * factor),
                 size_multiple_px=planned.shape.size_multiple_px,
@@ -162,4 +169,4 @@ def _memory_explained(pipeline: Pipeline, planned: Plan, wish: Wish) -> Iterator
         )
         if told is None:
             raise
-        raise ValueError(told) from error
+        raise OutOfMemory(told) from error

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 from latentdiff.drawing.bar import drawing_bar
 from latentdiff.drawing.request import DrawRequest, Plan, decide
 from latentdiff.drawing.series import Picture
+from latentdiff.drawing.stopping import Stop
 from latentdiff.drawing.story import CHUNK, parse_story
 from latentdiff.drawing.writing import PictureWriter
 from latentdiff.exitcodes import INTERRUPTED, RunEnded
@@ -48,9 +45,9 @@ def draw(request: DrawRequest) -> dict[str, Any]:
     timings = _Timings()
     writer = PictureWriter()
     try:
-        with _sigterm_as_interrupt(), writer:
+        with Stop() as stop, writer:
             if missing:
-                _draw_missing(planned, set(missing), request, writer, timings)
+                _draw_missing(planned, set(missing), request, writer, timings, stop)
         sheet = _write_grid(planned, request) if request.with_grid else None
     except KeyboardInterrupt:
         num_done = len(there) + writer.num_written
@@ -99,15 +96,15 @@ def _draw_missing(
     request: DrawRequest,
     writer: PictureWriter,
     timings: _Timings,
+    stop: Stop,
 ) -> None:
     from latentdiff.drawing.calls import draw_series, load_model
-    from latentdiff.drawing.costs import approximation_cost
+    from latentdiff.drawing.costs import tell_approximation_cost
 
     start = time.monotonic()
     pipeline = load_model(planned)
     timings.load_s = time.monotonic() - start
-    if (told := approximation_cost(pipeline, planned)) is not None:
-        _say(told)
+    tell_approximation_cost(pipeline, planned, _say)
     preview = None
     if request.with_preview:
         from latentdiff.preview import PreviewWriter, projection_of
@@ -116,34 +113,27 @@ def _draw_missing(
         preview = PreviewWriter(request.out / "preview.png", colours)
     start = time.monotonic()
     with drawing_bar(len(missing)) as bar:
+
+        def advance(share: float) -> None:
+            stop.check()  # here, where `stream` still hands over what it has
+            bar.step(share)
+
         for series in planned.series:
             wanted = [picture for picture in series.pictures if picture in missing]
             if not wanted:
                 continue
-            drawn = draw_series(pipeline, series, wanted, planned, bar.step, preview)
+            drawn = draw_series(pipeline, series, wanted, planned, advance, preview)
             for picture, image, batch in drawn:
+                stop.hold()  # the rest of the batch is finished, too
                 texts = planned.story_of(picture, batch).chunks(image.width, image.height)
                 writer.put(image, picture.path, texts)
                 timings.num_drawn += 1
                 bar.picture()
+                if batch[0] + 1 == batch[1]:
+                    stop.release()
+            stop.release()
+            stop.check()
     timings.draw_s = time.monotonic() - start
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the drawing as Ctrl-C does; outside the main thread Python takes no signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _write_grid(planned: Plan, request: DrawRequest) -> Path:

@@ -22,6 +22,10 @@ _FREE = re.compile(r"total capac\w+ of ([\d.]+ \w+) of which ([\d.]+ \w+) is fre
 _TYPES = {"MemoryError", "OutOfMemoryError"}  # torch's by name: this module needs no torch
 
 
+class OutOfMemory(ValueError):
+    """Memory ran out; says what a user would change."""
+
+
 @dataclass(frozen=True)
 class Drawing:
     """What was being drawn when memory ran out.

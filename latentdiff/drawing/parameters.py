@@ -38,7 +38,7 @@ _SPACINGS = {
     "ays_sd15": "Align Your Steps",
     "ays_sdxl": "Align Your Steps",
 }
-_SETTING = re.compile(r'\s*([A-Za-z][\w /-]*?): ("(?:\\.|[^"\\])*"|[^,]*)(?:,|\Z)')
+_SETTING = re.compile(r'\s*([A-Za-z][\w /-]{0,40}?): ("(?:\\.|[^"\\])*"|[^,]*)(?:,|\Z)')
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 
 

@@ -106,7 +106,7 @@ def _table_lines(path: Path) -> Iterator[Line]:
         if "prompt" not in (names := rows.fieldnames or []):
             raise ValueError(
                 f"{path}: the first row must name the columns, one of them prompt; "
-                f"got {', '.join(names)[:80] or 'nothing'}"
+                f"got {', '.join(names)[:40] or 'nothing'}"
             )
         for row in rows:
             where = f"{path}, line {rows.line_num}"

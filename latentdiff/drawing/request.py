@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.choices import (
+    BATCH_SIZE,
     DTYPES,
     MASKED_STRENGTH,
     STRENGTH,
     UPSCALE_STRENGTH,
     check_choice,
     check_device,
+    check_image_size,
 )
 from latentdiff.diffusers_format import (
     PRETRAINED,
@@ -31,13 +33,17 @@ from latentdiff.drawing.namedfiles import check_pictures, read_lora_arguments, r
 from latentdiff.drawing.promptfiles import Line, read_lines
 from latentdiff.drawing.recall import Recalled, recall
 from latentdiff.drawing.series import Picture, Series, in_series, lay_out
-from latentdiff.drawing.story import Story
+from latentdiff.drawing.story import MOST_ROWS, Story
 from latentdiff.drawing.wish import Wish, check_wish
 from latentdiff.modelshape import ModelShape
 from latentdiff.sampling_defaults import SamplingDefaults
 
-_DEFAULT_BATCH = 8  # pictures at a time
 _MOST_IN_GRID = 400
+_MOST_AGAIN = 64  # copies of a picture that are drawn for its rounding's sake
+_OF_TEXT = (  # fields that mean nothing without one
+    *("style", "negative_prompt", "guidance", "guidance_interval", "guidance_rescale"),
+    "clip_skip",
+)
 _AGAIN = "-again"  # so that a picture drawn from another never takes its place
 
 
@@ -141,6 +147,7 @@ def decide(request: DrawRequest) -> Plan:
     defaults, shape = SamplingDefaults.read(source), _read_shape(source)
     base = {**(told.fields if told else {}), **request.wish}
     if is_unconditional(source):
+        base = {name: value for name, value in base.items() if name not in _OF_TEXT}
         base["guidance"] = 1.0
     wishes = [_decide({**base, **line.fields}, line.where, defaults, shape) for line in lines]
     num_images = request.num_images or 1
@@ -156,7 +163,7 @@ def decide(request: DrawRequest) -> Plan:
         source=source,
         shape=shape,
         story=replace(template, wish=wishes[0]),
-        batch_size=request.batch_size or _DEFAULT_BATCH,
+        batch_size=request.batch_size or (1 if template.speed.low_memory else BATCH_SIZE),
         batch=None,
         hashing=hashing,
     )
@@ -165,6 +172,11 @@ def decide(request: DrawRequest) -> Plan:
     _check_model(request.model, told.path, told.story.model_hash, planned)
     is_same = planned.story_of(pictures[0]).decides == told.story.decides
     if is_same and len(pictures) == 1 and request.batch_size is None:
+        if (rows := told.story.batch[1]) > _MOST_AGAIN:
+            raise ValueError(
+                f"{told.path} was drawn in a batch of {rows}; at most {_MOST_AGAIN} copies are "
+                "drawn to have its rounding; give --batch-size 1 to draw it alone"
+            )
         return replace(planned, batch=told.story.batch)
     return planned
 
@@ -173,7 +185,11 @@ def _check_options(request: DrawRequest) -> None:
     """What can be said before any file is read."""
     for option, count in (("num-images", request.num_images), ("batch-size", request.batch_size)):
         if count is not None and count < 1:
-            raise ValueError(f"--{option} must be at least 1; got {count}")
+            raise ValueError(f"--{option} must be at least 1; got {count!s:.40}")
+    if request.batch_size is not None and request.batch_size > MOST_ROWS:
+        raise ValueError(
+            f"--batch-size must be at most {MOST_ROWS}; got {request.batch_size!s:.40}; 8 is usual"
+        )
     if request.device is not None:
         check_device(request.device)
     if request.dtype is not None:
@@ -233,13 +249,15 @@ def _find_lines(request: DrawRequest, told: Recalled | None, is_unconditional: b
 
 
 def _check_without_text(request: DrawRequest) -> None:
-    """Refuse what only a text could give, of an unconditional model."""
+    """Refuse what has no meaning for an unconditional model of pixels."""
     asked = {
         "--prompt": bool(request.prompts),
         "--prompts-file": request.prompts_file is not None,
         "--style": "style" in request.wish,
         "--negative-prompt": bool(request.wish.get("negative_prompt")),
         "--guidance": request.wish.get("guidance", 1.0) != 1,
+        "--guidance-interval": "guidance_interval" in request.wish,
+        "--guidance-rescale": bool(request.wish.get("guidance_rescale")),
         "--clip-skip": bool(request.wish.get("clip_skip")),
     }
     for option, is_given in asked.items():
@@ -247,6 +265,12 @@ def _check_without_text(request: DrawRequest) -> None:
             raise ValueError(
                 f"{option} is given, but this model draws without text; leave it out, and choose "
                 "how many pictures with --num-images"
+            )
+    for name in ("tiled", "sliced"):
+        if request.speed.get(name):
+            raise ValueError(
+                f"--{name} is given, but this model draws pixels, and has no autoencoder that "
+                "could work so; leave it out"
             )
 
 
@@ -270,6 +294,11 @@ def _decide(
         check_wish(wish)
         wish = replace(wish, prompt=with_style(wish.prompt, wish.style, defaults.styles))
         wish = replace(wish, style=None, **_filled(wish, defaults))
+        if wish.negative_prompt and wish.guidance == 1:
+            raise ValueError(
+                f"--negative-prompt {wish.negative_prompt!r:.40} needs guidance above 1, which "
+                'steers away from it; give --guidance 5, or --negative-prompt ""'
+            )
         check_pictures(wish.init_image, wish.mask)
         _check_size(wish, shape)
     except ValueError as error:
@@ -311,13 +340,10 @@ def _check_size(wish: Wish, shape: ModelShape) -> None:
     height, width = wish.height, wish.width
     if wish.init_image is not None and height is None and width is None:
         width, height = read_picture(wish.init_image, "--init-image").size
-        multiple = shape.size_multiple_px
-        if width % multiple or height % multiple:
-            near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
-            raise ValueError(
-                f"--init-image {wish.init_image} is {width}x{height} px; sides must be multiples "
-                f"of {multiple}; give --height {near[0]} --width {near[1]} to have it resized"
-            )
+        try:
+            check_image_size(width, height, shape.size_multiple_px)
+        except ValueError as error:
+            raise ValueError(f"--init-image {wish.init_image}: {error}") from None
     shape.latent(height, width)
     if wish.upscale is not None:
         sides = (shape.default_size_px if side is None else side for side in (height, width))

@@ -1,7 +1,8 @@
 """Which calls of the model draw all pictures, and what are their files called?
 
 Picture i of a request depends on (seed, i) alone. A line that brings its own seed counts its own
-pictures, so that it draws the same wherever it stands.
+pictures, so that it draws the same wherever it stands; it is a call of its own, for a call has one
+seed, and only its own pictures share a batch.
 """
 
 from __future__ import annotations

@@ -17,16 +17,16 @@ from latentdiff import __version__
 from latentdiff.choices import DTYPES, check_choice, check_device
 from latentdiff.drawing.namedfiles import LoraFile
 from latentdiff.drawing.parameters import write_parameters
-from latentdiff.drawing.wish import Wish, check_wish, read_fields
+from latentdiff.drawing.wish import MOST_IN_PATH, Wish, check_wish, read_fields
 from latentdiff.speed import Speed
 
 CHUNK = "story"
 _FORMAT = 1
 _MAX_CHARS = 1 << 20
 _MOST_PICTURES = 1 << 20  # an index beyond it is no picture's
-_MOST_ROWS = 4096
+MOST_ROWS = 4096  # pictures at a time that can be told
 _HASH = re.compile(r"[0-9a-f]{16,64}|unsaved")
-_ROUNDING = ("attention", "backend", "compile", "low_memory", "sliced")  # all they may change
+_ROUNDING = ("attention", "backend", "compile", "sliced")  # all they may change
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def parse_story(text: str, where: str) -> Story:
         raise ValueError(f"{where}: its story lacks {error}; it is damaged") from None
     except RecursionError:
         raise ValueError(f"{where}: its story is nested too deeply; it is damaged") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{where}: its story cannot be read: {error}") from None
 
 
@@ -165,9 +165,14 @@ def _parse(values: Mapping[str, Any]) -> Story:
     check_wish(wish)
     place, rows = values["batch"]
     if not 0 <= _whole(values["index"], "index") < _MOST_PICTURES:
-        raise ValueError(f"index must be from 0 to {_MOST_PICTURES - 1}; got {values['index']}")
-    if not 0 <= _whole(place, "batch") < _whole(rows, "batch") <= _MOST_ROWS:
-        raise ValueError(f"batch must be a place and a larger number; got {values['batch']}")
+        raise ValueError(
+            f"index must be from 0 to {_MOST_PICTURES - 1}; got {values['index']!s:.40}"
+        )
+    if not 0 <= _whole(place, "batch") < _whole(rows, "batch") <= MOST_ROWS:
+        raise ValueError(
+            f"batch must be a place and a larger number, at most {MOST_ROWS}; "
+            f"got {values['batch']!s:.40}"
+        )
     model = values["model"]
     check_device(_of(str, values["device"], "device"))
     check_choice("dtype", _of(str, values["dtype"], "dtype"), DTYPES)
@@ -175,16 +180,19 @@ def _parse(values: Mapping[str, Any]) -> Story:
     for name, value in values["speed"].items():
         check_choice("speed", name, tuple(kinds))
         kind = kinds[name]
-        _of(str if kind is type(None) else kind, value, name)
+        if kind is type(None):  # None, or a name
+            _name(value, name)
+        else:
+            _of(kind, value, name)
     return Story(
         wish=wish,
         index=values["index"],
         batch=(place, rows),
         model_hash=_hash(model["hash"]),
-        model=None if model["name"] is None else _of(str, model["name"], "model"),
+        model=None if model["name"] is None else _name(model["name"], "model"),
         loras=tuple(
             LoraFile(
-                Path(_of(str, lora["path"], "path")),
+                Path(_name(lora["path"], "path")),
                 float(_of(int | float, lora["weight"], "weight")),
                 _hash(lora["hash"]),
             )
@@ -202,6 +210,13 @@ def _of(kind: Any, value: Any, name: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         wanted = getattr(kind, "__name__", str(kind))
         raise TypeError(f"{name} must be of type {wanted}; got {value!r:.40}")
+    return value
+
+
+def _name(value: Any, name: str) -> str:
+    """Of a file or a model; a stranger's has no need to fill the screen."""
+    if len(_of(str, value, name)) > MOST_IN_PATH:
+        raise ValueError(f"{name} has {len(value):,} characters; at most {MOST_IN_PATH:,}")
     return value
 
 

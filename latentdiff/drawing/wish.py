@@ -11,7 +11,10 @@ from typing import Any
 from latentdiff.choices import SAMPLERS, SPACINGS, check_choice
 from latentdiff.prompts import parse_prompt
 
+MOST_IN_PATH = 1024  # characters
 _LARGEST_UPSCALE = 8
+_LARGEST_SIDE = 16384  # px, of the last pass
+_MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ def read_fields(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
             check_choice("key", str(name), FIELDS)
             found[name] = _KINDS[name](value)
         except (ValueError, TypeError, OverflowError) as error:
-            told = str(error) if name not in _KINDS else f"{name} must be {error}; got {value!r}"
+            told = (
+                str(error) if name not in _KINDS else f"{name} must be {error}; got {value!r:.40}"
+            )
             raise ValueError(f"{where}: {told}") from None
     return found
 
@@ -111,6 +116,8 @@ def _number(value: Any) -> float:
 def _path(value: Any) -> Path:
     if not isinstance(value, str) or not value or "\0" in value:
         raise TypeError("a file's name")
+    if len(value) > MOST_IN_PATH:
+        raise ValueError(f"a file's name of at most {MOST_IN_PATH:,} characters")
     return Path(value)
 
 
@@ -158,17 +165,17 @@ def check_wish(wish: Wish) -> None:
     except ValueError as error:
         raise ValueError(f"--negative-prompt: {error}") from None
     if wish.steps is not None and wish.steps < 1:
-        raise ValueError(f"--steps must be at least 1; got {wish.steps}; 20 is usual")
-    for name in ("height", "width"):
-        side = getattr(wish, name)
-        if side is not None and side < 1:
-            raise ValueError(f"--{name} must be positive; got {side}; leave it to the model")
+        raise ValueError(f"--steps must be at least 1; got {wish.steps!s:.40}; 20 is usual")
+    if wish.steps is not None and wish.steps > _MOST_STEPS:
+        raise ValueError(
+            f"--steps must be at most {_MOST_STEPS}; got {wish.steps!s:.40}; 20 is usual"
+        )
     if wish.sampler is not None:
         check_choice("sampler", wish.sampler, SAMPLERS)
     if wish.spacing is not None:
         check_choice("spacing", wish.spacing, SPACINGS)
     if wish.clip_skip < 0:
-        raise ValueError(f"--clip-skip must be at least 0; got {wish.clip_skip}; 0 is off")
+        raise ValueError(f"--clip-skip must be at least 0; got {wish.clip_skip!s:.40}; 0 is off")
     for name in ("seed", "variation_seed"):
         _check_seed(name, getattr(wish, name))
     _check_guidance(wish)
@@ -180,12 +187,33 @@ def check_wish(wish: Wish) -> None:
             f"--upscale must be above 1 and at most {_LARGEST_UPSCALE}; got {wish.upscale:g}; "
             "2 doubles each side"
         )
+    _check_sides(wish)
+
+
+def _check_sides(wish: Wish) -> None:
+    for name in ("height", "width"):
+        side = getattr(wish, name)
+        if side is None:
+            continue
+        if side < 1:
+            raise ValueError(f"--{name} must be positive; got {side!s:.40}; leave it to the model")
+        if side > _LARGEST_SIDE:
+            raise ValueError(
+                f"--{name} must be at most {_LARGEST_SIDE} px; got {side!s:.40}; draw a smaller one"
+            )
+        if wish.upscale is not None and side * wish.upscale > _LARGEST_SIDE:
+            raise ValueError(
+                f"--{name} {side} times --upscale {wish.upscale:g} must be at most "
+                f"{_LARGEST_SIDE} px; choose a smaller --upscale"
+            )
 
 
 def _check_seed(name: str, seed: int | None) -> None:
     if seed is not None and not 0 <= seed < 2**64:
         option = name.replace("_", "-")
-        raise ValueError(f"--{option} must be from 0 to 2^64 - 1; got {seed}; 0 is as good as any")
+        raise ValueError(
+            f"--{option} must be from 0 to 2^64 - 1; got {seed!s:.40}; 0 is as good as any"
+        )
 
 
 def _check_share(name: str, value: float | None) -> None:

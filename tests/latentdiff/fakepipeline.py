@@ -40,6 +40,10 @@ class FakePipeline:
     def inference(self) -> Any:
         return SimpleNamespace(autoencoder=None)
 
+    def plan(self, prompts: Sequence[str], **options: Any) -> Any:
+        assert len(options["negative_prompt"]) == len(prompts)
+        return SimpleNamespace(steps_per_picture=options["steps"])
+
     def stream(
         self,
         prompts: Sequence[str],

@@ -16,7 +16,6 @@ from latentdiff.backends import openvino, openvino_export
 from latentdiff.backends.openvino import TOLERANCES, OpenVINO
 from latentdiff.backends.precision import relative_error
 from latentdiff.lean.unet import LeanUNet
-from vae.lean import LeanKL
 
 pytest.importorskip("openvino", reason="an optional extra, latentdiff[openvino]")
 
@@ -32,11 +31,6 @@ CONFIG = {
     "out_channels": 4,
     "sample_size": 8,
     "up_block_types": ["UpBlock2D", "UpBlock2D"],
-}
-VAE = {"block_out_channels": [8, 16], "norm_num_groups": 4, "sample_size": 8}
-VAE |= {
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
 }
 
 
@@ -129,16 +123,6 @@ def openvino_capabilities() -> list[str]:
     return Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def test_a_decoder_gives_its_numbers(directory: Path) -> None:
-    autoencoder = filled(LeanKL(VAE))
-    run = openvino.decoder(autoencoder, directory)
-    for shape in ((1, 4, 4, 4), (3, 4, 2, 6)):
-        z = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        with torch.inference_mode():
-            expected = autoencoder.decode(z).sample
-        assert relative_error(run(z), expected) < 1e-5
-
-
 def test_a_result_is_the_callers(unet: LeanUNet, directory: Path) -> None:
     run = openvino.unet(unet, directory)
     noisy, time, text = inputs(unet)
@@ -193,6 +177,51 @@ def test_other_weights_are_another_export(unet: LeanUNet, directory: Path) -> No
 
 def test_other_options_are_another_export(unet: LeanUNet, directory: Path) -> None:
     assert not openvino.unet(unet, directory, options="merged 0.5").is_exported
+
+
+@pytest.mark.parametrize("identity", [None, "files of today"])
+def test_another_network_of_the_same_weights_is_another_export(
+    identity: str | None, unet: LeanUNet, directory: Path
+) -> None:
+    """How many heads share the channels of attention is in no weight's shape."""
+    heads = filled(LeanUNet({**CONFIG, "attention_head_dim": 4}))
+    assert all(map(torch.equal, heads.parameters(), unet.parameters()))
+    home = openvino.unet(unet, directory, identity=identity)._home
+    assert openvino.unet(heads, directory, identity=identity)._home != home
+
+
+def test_an_identity_stands_for_the_weights(
+    unet: LeanUNet, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_export, "_hash_of_weights", forbidden)  # seconds, of a large one
+    run = openvino.unet(unet, directory, identity="files of today")
+    assert not run.is_exported
+    (hashed,) = directory.iterdir()
+    shutil.copytree(hashed, run._home)
+    assert error_of(openvino.unet(unet, directory, identity="files of today"), unet) < 1e-5
+    assert not openvino.unet(unet, directory, identity="other files").is_exported
+    monkeypatch.undo()
+    assert openvino.unet(unet, directory)._home == hashed
+
+
+def test_whether_it_is_exported_can_be_asked_before_weights_are_there(
+    unet: LeanUNet, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.device("meta"):
+        empty = LeanUNet(CONFIG)
+        heads = LeanUNet({**CONFIG, "attention_head_dim": 4})
+    assert not openvino.is_exported(empty, directory, "files")
+    run = openvino.unet(unet, directory, torch.bfloat16, "merged 0.5", "files")
+    shutil.copytree(next(directory.iterdir()), run._home)
+    assert run.is_exported
+    assert openvino.is_exported(empty, directory, "files", "merged 0.5")
+    assert openvino.is_exported(LeanUNet(CONFIG).half(), directory, "files", "merged 0.5")
+    assert not openvino.is_exported(empty, directory, "files")
+    assert not openvino.is_exported(empty, directory, "other files", "merged 0.5")
+    assert not openvino.is_exported(heads, directory, "files", "merged 0.5")
+    assert not openvino.is_exported(empty, None, "files", "merged 0.5")
+    monkeypatch.setattr(openvino, "find_spec", lambda name: None)
+    assert not openvino.is_exported(empty, directory, "files", "merged 0.5")
 
 
 @pytest.mark.parametrize("name", ["torch.__version__", "openvino.__version__"])

@@ -33,6 +33,13 @@ def test_the_nearest_name_is_suggested() -> None:
         choices.check_choice("pet", "xyz", ())
 
 
+def test_a_picture_that_fits_or_its_nearest_size() -> None:
+    choices.check_image_size(64, 128, 16)
+    told = "image is 50x9 px; sides must be multiples of 16; give height 16 and width 48 to have"
+    with pytest.raises(ValueError, match=told):
+        choices.check_image_size(50, 9, 16)
+
+
 def test_openvino_takes_nothing_that_is_torchs() -> None:
     Speed(backend="openvino", tiled=True, tiny_decoder="x")
     for name, value in (("compile", True), ("low_memory", True), ("quantise", "int8")):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +117,7 @@ def test_json_and_prompts_file(
         (["--attention", "slice"], "unknown attention 'slice'; did you mean sliced?"),
         (["--backend", "onnx"], "unknown backend 'onnx'; known: auto, torch, openvino"),
         (["--backend", "openvino", "--reuse", "2"], "--reuse is of --backend torch"),
-        (["--reuse", "0"], "--reuse must be at least 1; got 0"),
+        (["--reuse", "0"], "--reuse must be a whole number from 1 on; got 0"),
         (["--merge-tokens", "0.9"], "--merge-tokens must be in [0, 0.75]; got 0.9"),
         (["--quantise", "int4"], "unknown quantisation 'int4'; did you mean int8?"),
     ],
@@ -185,3 +189,85 @@ def test_out_is_a_file(sample: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "out").write_text("in the way")
     assert sample("--prompt", "a cat") == 2
     assert "File exists" in capsys.readouterr().err
+
+
+# Ctrl-C, the whole process: not -2, which is "killed by SIGINT"
+
+STOPPED = """
+import atexit, os, signal, sys, threading, time
+import latentdiff.cli as cli
+
+def again():
+    os.kill(os.getpid(), signal.SIGINT)
+
+def run(arguments):
+    print("stopped", file=sys.stderr)
+    print("on stdout")
+    {then}
+    return 130
+
+cli.run = run
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        ("pass", "on stdout\n"),
+        ("again()", "on stdout\n"),  # while the first is told
+        ("atexit.register(again)", "on stdout\n"),
+        ("atexit.register(print, 'tidied up')", "on stdout\ntidied up\n"),
+        (
+            "threading.Timer(0.1, again).start(); threading.Timer(60, print).start()",
+            "on stdout\n",  # without waiting for the other thread
+        ),
+        ("threading.Timer(0.1, print, ['waited for']).start()", "on stdout\nwaited for\n"),
+        # as late as Python code runs, when SIGINT has its default action again
+        (
+            "class Last:\n"
+            "        def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, 2)\n"
+            "    sys.last = Last()",
+            "on stdout\n",
+        ),
+    ],
+)
+def test_ctrl_c_is_130(run_python: Any, then: str, said: str) -> None:
+    done = run_python("-c", STOPPED.format(then=then))
+    assert (done.returncode, done.stdout, done.stderr) == (130, said, "stopped\n")
+
+
+def test_other_ends_are_as_ever(run_python: Any) -> None:
+    program = "import latentdiff.cli as cli\ncli.run = lambda arguments: {}\ncli.main()"
+    assert run_python("-c", program.format(75)).returncode == 75
+    done = run_python("-c", program.format("1 / 0"))
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.001, 0.003, 0.01])
+def test_many_ctrl_c_are_130(repository: Path, pause_s: float) -> None:
+    program = (
+        "import time\n"
+        "import latentdiff.cli as cli\n"
+        "def wait():\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+        "cli._import_command = lambda name: cli.typer.main.get_command(app)\n"
+        "app = cli.typer.Typer(add_completion=False)\n"
+        "app.command('sample')(wait)\n"
+        "import sys; sys.argv = ['latentdiff', 'sample']\n"
+        "cli.main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(pause_s)
+    process.communicate()
+    assert process.returncode == 130

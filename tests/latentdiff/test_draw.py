@@ -14,6 +14,8 @@ from fakepipeline import FakePipeline
 from PIL import Image
 
 from latentdiff.cli import run
+from latentdiff.drawing import costs
+from latentdiff.drawing.stopping import Stop
 from latentdiff.pipeline import Pipeline
 
 
@@ -21,6 +23,8 @@ from latentdiff.pipeline import Pipeline
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     pipeline = FakePipeline()
     monkeypatch.setattr(Pipeline, "load", pipeline.load)
+    # test_costs.py has it, with a model that can be measured
+    monkeypatch.setattr(costs, "tell_approximation_cost", lambda *_: None)
     return pipeline
 
 
@@ -161,7 +165,10 @@ def test_bad_pictures(sample: Any, fake: FakePipeline, tmp_path: Path) -> None:
     assert code == 2 and "cat.png: not a readable picture" in err
     picture(image := tmp_path / "dog.png", (50, 64))
     code, _, err = sample("--prompt", "a", "--init-image", image)
-    assert code == 2 and "is 50x64 px; sides must be multiples of 16; give --height 64" in err
+    assert (
+        code == 2
+        and "is 50x64 px; sides must be multiples of 16; give height 64 and width 48 to have" in err
+    )
     assert sample("--prompt", "a", "--init-image", image, "--height", 64, "--width", 48)[0] == 0
     os.mkfifo(tmp_path / "pipe")
     code, _, err = sample("--prompt", "a", "--init-image", tmp_path / "pipe")
@@ -213,6 +220,63 @@ def test_a_stopped_run_goes_on(
     assert fake.calls[-1]["indices"] == [3, 4]
 
 
+@pytest.mark.parametrize("stop", [1, 3])
+def test_finished_pictures_of_a_stopped_batch_are_written(
+    sample: Any, fake: FakePipeline, tmp_path: Path, stop: int
+) -> None:
+    """The signal comes while pictures 0 to 3, drawn together, are handed over."""
+    fake.before_each = _stop_at(stop)
+    code, _, err = sample("--prompt", "a", "--num-images", 9, "--batch-size", 4)
+    assert code == 130 and "stopped: 4 of 9 pictures are finished" in err
+    assert names(tmp_path / "out") == [f"000{i}-a-seed0.png" for i in range(4)]
+
+
+def test_what_is_handed_over_after_ctrl_c_is_written(
+    sample: Any, fake: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `generate.stream` does with what a GPU still decodes."""
+    stream = fake.stream
+
+    def two_then_stopped(*given: Any, **options: Any) -> Any:
+        drawn = stream(*given, **options)
+        try:
+            yield next(drawn)
+            os.kill(os.getpid(), signal.SIGINT)
+            options["progress"](1)
+        except KeyboardInterrupt:
+            yield next(drawn)
+            raise
+
+    monkeypatch.setattr(fake, "stream", two_then_stopped)
+    code, _, err = sample("--prompt", "a", "--num-images", 9, "--batch-size", 1)
+    assert code == 130 and "stopped: 2 of 9 pictures are finished" in err
+    assert names(tmp_path / "out") == [f"000{i}-a-seed0.png" for i in range(2)]
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    with Stop() as stop:
+        stop.hold()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
+    with Stop() as stop:
+        stop.check()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup does
+    try:
+        with Stop():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_killed_run_goes_on(
     sample: Any, fake: FakePipeline, tmp_path: Path, run_python: Any
 ) -> None:
@@ -251,7 +315,10 @@ def test_nothing_is_loaded_when_all_is_there(sample: Any, fake: FakePipeline) ->
     assert len(fake.loaded) == 2
 
 
-@pytest.mark.parametrize("change", [("--steps", 3), ("--guidance", 2), ("--tiled",)])
+@pytest.mark.parametrize(
+    "change",
+    [("--steps", 3), ("--guidance", 2), ("--tiled",), ("--low-memory",)],
+)
 def test_what_was_drawn_otherwise_is_drawn_anew(
     sample: Any, fake: FakePipeline, tmp_path: Path, change: Any
 ) -> None:
@@ -333,6 +400,94 @@ def test_out_of_memory_says_what_to_try(sample: Any, fake: FakePipeline) -> None
     assert code == 2
     assert "out of memory on cpu, 2.0 GiB more asked for, drawing 4 pictures at a time" in err
     assert "--batch-size 2" in err
+
+
+def test_pictures_at_a_time(sample: Any, fake: FakePipeline) -> None:
+    for extra, expected in (
+        ((), 8),
+        (("--low-memory",), 1),
+        (("--low-memory", "--batch-size", 3), 3),
+    ):
+        assert sample("--prompt", "a", "--no-resume", *extra)[0] == 0
+        assert fake.calls[-1]["batch_size"] == expected
+    code, _, err = sample("--prompt", "a", "--batch-size", 5000)
+    assert code == 2 and "--batch-size must be at most 4096; got 5000; 8 is usual" in err
+
+
+def test_a_negative_prompt_needs_guidance(sample: Any, fake: FakePipeline, tmp_path: Path) -> None:
+    told = "--negative-prompt 'a dog' needs guidance above 1"
+    code, _, err = sample("--prompt", "a", "--negative-prompt", "a dog", "--guidance", 1)
+    assert code == 2 and told in err and not fake.loaded
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a", "negative_prompt": "a dog", "guidance": 1}\n')
+    code, _, err = sample("--prompts-file", file)
+    assert code == 2 and f"{file}, line 1: {told}" in err
+    assert sample("--prompt", "a", "--negative-prompt", "", "--guidance", 1)[0] == 0
+    assert sample("--prompt", "a", "--negative-prompt", "a dog", "--guidance", 1.5)[0] == 0
+
+
+@pytest.fixture
+def without_text(tmp_path: Path) -> Path:
+    """An unconditional model of pixels, as far as it is read before networks are loaded."""
+    folder = tmp_path / "ddpm"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "scheduler").mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    config = {"sample_size": 16, "block_out_channels": [8], "in_channels": 3, "out_channels": 3}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--guidance-interval", 1, 5), "--guidance-interval is given, but this model draws"),
+        (("--guidance-rescale", 0.5), "--guidance-rescale is given, but this model draws"),
+        (("--clip-skip", 1), "--clip-skip is given, but this model draws"),
+        (("--negative-prompt", "x"), "--negative-prompt is given, but this model draws"),
+        (("--tiled",), "--tiled is given, but this model draws pixels, and has no autoencoder"),
+        (("--sliced",), "--sliced is given, but this model draws pixels, and has no autoencoder"),
+    ],
+)
+def test_what_an_unconditional_model_would_ignore_is_refused(
+    sample: Any, fake: FakePipeline, without_text: Path, arguments: Any, message: str
+) -> None:
+    code, _, err = sample("--model", without_text, *arguments)
+    assert code == 2 and message in err and not fake.loaded
+    neutral = ("--guidance", 1, "--guidance-rescale", 0, "--clip-skip", 0, "--no-tiled")
+    assert sample("--model", without_text, *neutral)[0] == 0
+
+
+def test_of_a_pictures_settings_an_unconditional_model_takes_its_own(
+    sample: Any, fake: FakePipeline, without_text: Path
+) -> None:
+    code, said, _ = sample("--prompt", "a", "--negative-prompt", "b", "--clip-skip", 1)
+    assert code == 0
+    with pytest.warns(UserWarning, match="it will be another picture"):
+        assert sample("--from", said[0], "--model", without_text)[0] == 0
+    call = fake.calls[-1]
+    assert (call["prompts"], call["negatives"], call["clip_skip"]) == ([""], [""], 0)
+    assert call["guidance_scale"] == 1
+
+
+def test_what_is_echoed_is_cut(sample: Any, fake: FakePipeline, tmp_path: Path) -> None:
+    digits, file = "9" * 4000, tmp_path / "p.jsonl"
+    for name, value in (
+        *(("seed", digits), ("steps", digits), ("height", digits), ("width", f"-{digits}")),
+        *(("clip_skip", f"-{digits}"), ("guidance", "x" * 5000), ("steps", digits * 2)),
+        *(("sampler", "x" * 5000), ("style", "x" * 5000), ("x" * 5000, 1)),
+        *(("init_image", "x" * 5000), ("guidance_interval", ["x" * 5000, 1])),
+    ):
+        file.write_text(json.dumps({"prompt": "a", name: value}))
+        code, _, err = sample("--prompts-file", file)
+        assert code == 2 and "9" * 41 not in err and "x" * 41 not in err, err
+    for option in ("--seed", "--steps", "--num-images", "--batch-size"):
+        code, _, err = sample("--prompt", "a", option, f"-{digits}")
+        assert code == 2 and "9" * 41 not in err
+    for option in ("--sampler", "--device", "--dtype", "--style", "--attention"):
+        code, _, err = sample("--prompt", "a", option, "x" * 5000)
+        assert code == 2 and "x" * 41 not in err
 
 
 def test_a_large_grid_is_refused(sample: Any, fake: FakePipeline) -> None:

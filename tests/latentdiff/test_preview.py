@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from data_pipelines.pixels import to_image, to_pixels
 from latentdiff import preview
+from latentdiff.diffusers_format import PRETRAINED
+from latentdiff.lean.packing import pack
 from latentdiff.preview import PreviewWriter, Projection, fit, projection_of
 from vae.autoencoder import Autoencoder
 from vae.config import IdentityConfig
@@ -184,6 +186,42 @@ def test_other_weights_or_norms_have_their_own(cache: Path) -> None:
     assert len(list(cache.iterdir())) == 4
     assert not torch.equal(kept[0].weights, kept[1].weights)
     assert not torch.equal(kept[0].weights, kept[2].weights)
+
+
+def box(gain: float = 1.0) -> Autoencoder:
+    """The model's own, with louder or quieter colours."""
+    config = json.loads((PRETRAINED / "vae" / "config.json").read_text())
+    weights = load_file(PRETRAINED / "vae" / "diffusion_pytorch_model.safetensors")
+    name = "encoder.conv_in.weight"
+    return Autoencoder.from_weights(config, {**weights, name: weights[name] * gain})
+
+
+def test_weights_that_cannot_be_hashed_are_not_mistaken_for_others(cache: Path) -> None:
+    """Packed convolutions are in no state_dict: two autoencoders would have one name."""
+    kept = []
+    for gain in (1.0, 0.5):
+        packed = box(gain)
+        if not pack(packed):
+            pytest.skip("this torch or CPU cannot pack weights")
+        kept.append(projection_of(packed).weights)
+        torch.testing.assert_close(kept[-1], fit(box(gain)).weights, atol=1e-3, rtol=0)
+    assert not torch.allclose(*kept, atol=0.01)
+    assert not cache.exists()
+    assert projection_of(packed, key="a") is not None
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_key_stands_for_the_weights(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = projection_of(linear(), key="a")
+    other = projection_of(linear(MIX * 2), key="b")
+    assert not torch.equal(first.weights, other.weights)
+    projection_of(linear(scale=2.0), key="a")  # the norm is not the key's business
+    projection_of(linear())
+    assert len(list(cache.iterdir())) == 4
+    monkeypatch.setattr(preview, "fit", lambda _: pytest.fail("fitted again"))
+    monkeypatch.setattr(Autoencoder, "state_dict", lambda _: pytest.fail("hashed"))
+    assert torch.equal(projection_of(linear(), key="a").weights, first.weights)
+    assert torch.equal(projection_of(linear(), key="b").weights, other.weights)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def imported(run_python: Any, repository: Any) -> Any:
         box = str(repository / "latentdiff" / "pretrained")
         done = run_python("-c", text.format(box=box) + REPORT.format(never=NEVER))
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(done.stdout.splitlines()[-1])  # the command says what it drew
 
     return run
 
@@ -64,6 +64,12 @@ def test_the_networks_of_the_box(imported: Any) -> None:
 def test_a_picture_of_the_box(imported: Any) -> None:
     draw = 'import latentdiff\nlatentdiff.load().generate("a red apple", steps=1)'
     assert imported(draw) == []
+
+
+def test_the_command(imported: Any, tmp_path: Any) -> None:
+    line = ["sample", "--prompt", "a red apple", "--steps", "1", "--out", str(tmp_path)]
+    run = f"import latentdiff.cli as cli\nassert cli.run({line!r}) == 0"
+    assert imported(run) == []
 
 
 def test_this_test_sees_what_is_imported(imported: Any) -> None:

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from latentdiff.cli import run
 from latentdiff.diffusers_format import PRETRAINED
-from latentdiff.drawing import namedfiles
+from latentdiff.drawing import costs, namedfiles
 from latentdiff.drawing.namedfiles import LoraFile
 from latentdiff.drawing.story import Story, parse_story
 from latentdiff.drawing.wish import Wish
@@ -49,7 +49,7 @@ FULL = Story(
     files={"init_image": "a" * 64, "mask": "b" * 64},
     device="cuda:1",
     dtype="bfloat16",
-    speed=Speed(attention="sdpa", compile=True, reuse=3, merge_tokens=0.5, quantise="int8"),
+    speed=Speed(attention="sdpa", compile=True, merge_tokens=0.5, quantise="int8"),
 )
 
 
@@ -64,6 +64,8 @@ def fresh_hashes() -> None:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     pipeline = FakePipeline()
     monkeypatch.setattr(Pipeline, "load", pipeline.load)
+    # test_costs.py has it, with a model that can be measured
+    monkeypatch.setattr(costs, "tell_approximation_cost", lambda *_: None)
     return pipeline
 
 
@@ -127,7 +129,9 @@ def test_what_only_rounds_does_not_decide() -> None:
         replace(FULL, files={}),
         replace(FULL, dtype="float32"),
         replace(FULL, wish=replace(FULL.wish, guidance_interval=None)),
-        replace(FULL, speed=replace(FULL.speed, reuse=1)),
+        replace(FULL, speed=replace(FULL.speed, merge_tokens=0.25)),
+        replace(FULL, speed=replace(FULL.speed, tiled=True)),
+        replace(FULL, speed=replace(FULL.speed, compile=False, low_memory=True)),
     )
     assert all(other.decides != FULL.decides for other in others)
 
@@ -167,7 +171,16 @@ def test_all_of_a_story_is_drawn_with(sample: Any, fake: FakePipeline, tmp_path:
     Image.new("RGB", (64, 64), "white").save(tmp_path / "mask.png")
     first = sample(
         *("--prompt", "a (cat:1.2)", "--init-image", tmp_path / "in.png", "--strength", 0.5),
-        *("--mask", tmp_path / "mask.png", "--dtype", "bfloat16", "--reuse", 2, "--style", "noto"),
+        *(
+            "--mask",
+            tmp_path / "mask.png",
+            "--dtype",
+            "bfloat16",
+            "--merge-tokens",
+            0.25,
+            "--style",
+            "noto",
+        ),
         *("--guidance-interval", 1, 5, "--compile"),
     )
     assert first[0] == 0
@@ -183,8 +196,8 @@ def test_all_of_a_story_is_drawn_with(sample: Any, fake: FakePipeline, tmp_path:
     pair = [{k: v for k, v in call.items() if k not in ("image", "mask")} for call in fake.calls]
     assert pair[0] == pair[1]
     assert fake.calls[1]["prompts"] == ["a (cat:1.2), noto"]
-    assert sample("--from", said[0], "--no-compile", "--reuse", 1)[0] == 0
-    assert (fake.speed.compile, fake.speed.reuse) == (False, 1)
+    assert sample("--from", said[0], "--no-compile", "--reuse", 3)[0] == 0
+    assert (fake.speed.compile, fake.speed.reuse) == (False, 3)
 
 
 def test_a_source_that_is_gone_or_changed_is_told(
@@ -217,6 +230,20 @@ def test_loras_are_named_and_checked(sample: Any, fake: FakePipeline, tmp_path: 
     namedfiles.sha256.cache_clear()
     code, _, err = sample("--from", said[0], "--no-resume")
     assert code == 2 and f"{lora} has changed since" in err and "or give --lora" in err
+
+
+def test_a_large_batch_is_not_drawn_for_one_picture(
+    sample: Any, drawn: Path, fake: FakePipeline
+) -> None:
+    other = retold(drawn, lambda values: values.update(batch=[0, 64]))
+    assert sample("--from", other)[0] == 0
+    assert fake.calls[-1]["indices"] == [5] * 64
+    other = retold(drawn, lambda values: values.update(batch=[0, 65]))
+    code, _, err = sample("--from", other)
+    assert code == 2
+    assert f"{other} was drawn in a batch of 65; at most 64 copies are drawn" in err
+    assert sample("--from", other, "--batch-size", 1, "--no-resume")[0] == 0
+    assert fake.calls[-1]["indices"] == [5]
 
 
 # The model
@@ -268,6 +295,21 @@ def test_a_strangers_picture_fetches_no_model(
         (lambda v: v.update(batch=[3, 2]), "batch must be a place and a larger number"),
         (lambda v: v.update(batch=[0, 10**9]), "batch must be a place and a larger number"),
         (lambda v: v.update(batch=3), "cannot be read"),
+        (lambda v: v["wish"].update(height=2**40), "--height must be at most 16384 px; got 10995"),
+        (
+            lambda v: v["wish"].update(width=8192, upscale=4),
+            "--width 8192 times --upscale 4 must be at most 16384 px",
+        ),
+        (lambda v: v["wish"].update(steps=10**9), "--steps must be at most 10000; got 1000000000"),
+        (
+            lambda v: v["wish"].update(mask="m" * 2000),
+            "mask must be a file's name of at most 1,024",
+        ),
+        (lambda v: v["model"].update(name="m" * 2000), "model has 2,000 characters; at most 1,024"),
+        (
+            lambda v: v["loras"].append({"path": "x", "weight": 10**400, "hash": "f" * 16}),
+            "cannot be read: int too large",
+        ),
         (lambda v: v["model"].update(hash="../../x"), "'../../x' is no SHA-256"),
         (lambda v: v.update(device="rm -rf"), "device 'rm -rf' is unknown"),
         (lambda v: v.update(dtype="object"), "unknown dtype 'object'"),

@@ -1,4 +1,4 @@
-"""Do the lean autoencoders give diffusers' numbers: whole, tiled, sliced, in half precision?"""
+"""Do the lean autoencoders give diffusers' numbers: in float32 and in half precision?"""
 
 from __future__ import annotations
 
@@ -9,75 +9,24 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from kl_rig import (
+    assert_near,
+    assert_same_kl,
+    config_of,
+    lean_kl,
+    lean_tiny,
+    noise,
+    their_kl,
+    their_tiny,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
-import vae.lean_tiny
 from vae.autoencoder import Autoencoder, why_not_lean
 from vae.lean import LeanKL
 from vae.lean_tiny import LeanTiny
 
 BOX = Path(__file__).parents[2] / "latentdiff" / "pretrained" / "vae"
-
-
-def shaken(model: Any) -> Any:
-    """Random weights, none of them zero or one."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def their_kl(widths: tuple[int, ...] = (16, 24), **settings: Any) -> Any:
-    torch.manual_seed(0)
-    shape: dict[str, Any] = dict(
-        block_out_channels=widths,
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
-        norm_num_groups=8,
-    )
-    return shaken(AutoencoderKL(**shape | settings))
-
-
-def their_tiny(levels: int = 3, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    blocks = (1, *(2,) * (levels - 1))
-    shape: dict[str, Any] = dict(
-        encoder_block_out_channels=(8,) * levels,
-        decoder_block_out_channels=(8,) * levels,
-        num_encoder_blocks=blocks,
-        num_decoder_blocks=blocks[::-1],
-    )
-    return shaken(AutoencoderTiny(**shape | settings))
-
-
-def config_of(theirs: Any) -> dict[str, Any]:
-    """As config.json has it."""
-    return json.loads(theirs.to_json_string())
-
-
-def lean_kl(theirs: Any, **options: Any) -> LeanKL:
-    return LeanKL.from_weights(config_of(theirs), theirs.state_dict(), **options)
-
-
-def lean_tiny(theirs: Any) -> LeanTiny:
-    return LeanTiny.from_weights(config_of(theirs), theirs.state_dict())
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-
-def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    assert (ours - theirs).abs().max() < tolerance * theirs.abs().max()
-
-
-def assert_same_kl(ours: Any, theirs: Any, image: Tensor, z: Tensor) -> None:
-    encoded, expected = ours.encode(image).latent_dist, theirs.encode(image).latent_dist
-    assert_near(encoded.mean, expected.mean)
-    assert_near(encoded.std, expected.std)
-    assert_near(ours.decode(z).sample, theirs.decode(z).sample)
 
 
 # The same numbers
@@ -149,84 +98,6 @@ def test_a_tiny_autoencoder_is_that_of_diffusers(levels: int) -> None:
     image, z = noise(2, 3, 3 * ours.downscale, 5 * ours.downscale), noise(2, 4, 3, 5)
     assert_near(ours.encode(image).latents, theirs.encode(image).latents)
     assert_near(ours.decode(z).sample, theirs.decode(z).sample)
-
-
-# Tiles and slices
-
-
-@pytest.mark.parametrize("size", [(32, 32), (36, 60), (100, 34), (70, 128)])
-@torch.inference_mode()
-def test_tiles_are_those_of_diffusers(size: tuple[int, int]) -> None:
-    theirs = their_kl(sample_size=32)
-    ours = lean_kl(theirs)
-    image, z = noise(2, 3, *size), noise(2, 4, size[0] // 2, size[1] // 2)
-    whole = ours.decode(z).sample
-    for model in (ours, theirs):
-        model.enable_tiling()
-    assert ours.tile_sample_min_size == theirs.tile_sample_min_size == 32
-    assert ours.tile_latent_min_size == theirs.tile_latent_min_size == 16
-    assert_same_kl(ours, theirs, image, z)
-    assert torch.equal(ours.decode(z).sample, whole) == (size == (32, 32))
-    ours.disable_tiling()
-    assert torch.equal(ours.decode(z).sample, whole)
-
-
-@torch.inference_mode()
-def test_tiles_of_a_side_that_three_quarters_do_not_divide() -> None:
-    """10 cells overlap by 3, where diffusers' own tiles no longer meet."""
-    ours = lean_kl(their_kl(sample_size=20))
-    ours.enable_tiling()
-    z, image = noise(1, 4, 23, 31), noise(1, 3, 46, 62)
-    assert ours.decode(z).sample.shape == image.shape
-    assert ours.encode(image).latent_dist.mean.shape == z.shape
-
-
-@torch.inference_mode()
-def test_only_a_tile_is_in_memory_at_once() -> None:
-    ours = lean_kl(their_kl(sample_size=32))
-    seen: list[int] = []
-    ours.decoder.register_forward_hook(lambda _, given, out: seen.append(out.numel()))
-    z = noise(3, 4, 40, 40)
-    ours.enable_tiling()
-    ours.enable_slicing()
-    ours.decode(z)
-    assert len(seen) == 3 * 4 * 4 and max(seen) == 3 * 32 * 32
-
-
-@torch.inference_mode()
-def test_slices() -> None:
-    theirs = their_kl()
-    ours = lean_kl(theirs)
-    ours.enable_slicing()
-    assert_same_kl(ours, theirs, noise(3, 3, 8, 8), noise(3, 4, 4, 4))
-
-
-@pytest.mark.parametrize("levels", [1, 2, 3])
-@torch.inference_mode()
-def test_tiles_of_a_tiny_one_change_nothing(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vae.lean_tiny, "_TILE_CELLS", 7)
-    theirs = their_tiny(levels)  # in float64, where rounding hides no pixel that is missed
-    ours = LeanTiny.from_weights(config_of(theirs), theirs.state_dict(), dtype=torch.float64)
-    z = noise(2, 4, 40, 57).double()
-    image = noise(2, 3, 40 * ours.downscale, 57 * ours.downscale).double()
-    whole, latents = ours.decode(z).sample, ours.encode(image).latents
-    seen: list[int] = []
-    ours.decoder["layers"].register_forward_hook(lambda _, given, out: seen.append(out.shape[-1]))
-    ours.enable_tiling()
-    ours.enable_slicing()
-    assert_near(ours.decode(z).sample, whole, 1e-13)
-    assert_near(ours.encode(image).latents, latents, 1e-13)
-    assert len(seen) == 2 * 6 * 9 and max(seen) < whole.shape[-1]
-    tiled = vae.lean_tiny.exactly_tiled
-
-    def short_sighted(network: Any, x: Tensor, tile: int, reach: int, *scales: int) -> Tensor:
-        return tiled(network, x, tile, reach - 3, *scales)
-
-    monkeypatch.setattr(vae.lean_tiny, "exactly_tiled", short_sighted)
-    assert (ours.decode(z).sample - whole).abs().max() > 1e-12 * whole.abs().max()
-    ours.disable_tiling()
-    ours.disable_slicing()
-    assert torch.equal(ours.decode(z).sample, whole)
 
 
 # In the place of diffusers'
