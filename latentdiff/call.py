@@ -17,6 +17,7 @@ from latentdiff.choices import (
     STRENGTH,
     UPSCALE_STRENGTH,
     check_choice,
+    check_image_size,
 )
 from latentdiff.editing import check_part
 from latentdiff.painter import last_part
@@ -195,13 +196,7 @@ def _pixels(
     height, width = sides
     if height is None and width is None:
         width, height = pictures[0].size
-        multiple = model.size_multiple_px
-        if width % multiple or height % multiple:
-            near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
-            raise ValueError(
-                f"image is {width}x{height} px; sides must be multiples of {multiple}; give height "
-                f"{near[0]} and width {near[1]} to have it resized"
-            )
+        check_image_size(width, height, model.size_multiple_px)
     model.latent_shape(height, width)
     sides_px = [model.default_size_px if s is None else s for s in (height, width)]
     converted = {id(p): to_pixels(p, *sides_px) for p in {id(p): p for p in pictures}.values()}

@@ -169,7 +169,8 @@ def main() -> None:
     codes.append(run(sys.argv[1:]))
     if codes[0] == INTERRUPTED:
         signal.signal(signal.SIGINT, _leave)  # one more Ctrl-C does not wait for threads
-    gc.freeze()  # or Python looks for garbage in all that torch is, 0.5 s, before it ends
+    if "triton" not in sys.modules:  # whose own check takes what is frozen for a leak
+        gc.freeze()  # or Python looks for garbage in all that torch is, 0.5 s, before it ends
     sys.exit(codes[0])
 
 

@@ -61,7 +61,11 @@ def sample(
     init_image: Annotated[Path | None, _option(_FROM, "A picture to begin from.")] = None,
     strength: Annotated[
         float | None,
-        _option(_FROM, "How far from --init-image: 0 is that picture, 1 forgets it.", "0.8"),
+        _option(
+            _FROM,
+            "How far from --init-image: 0 is that picture, 1 forgets it.",
+            "0.8, with --mask 1",
+        ),
     ] = None,
     mask: Annotated[
         Path | None,
@@ -117,7 +121,8 @@ def sample(
         str | None, _option(_SPEED, "auto, float32, bfloat16 or float16.", "auto")
     ] = None,
     attention: Annotated[
-        str | None, _option(_SPEED, "auto measures; sdpa, flash, xformers, sliced...", "auto")
+        str | None,
+        _option(_SPEED, "auto (measured on a GPU), sdpa, flash, sliced...", "auto"),
     ] = None,
     backend: Annotated[
         str | None, _option(_SPEED, "What runs the U-Net: auto, torch or openvino.", "auto")
@@ -160,7 +165,7 @@ def sample(
 
     Many prompts, stopped and started at will: latentdiff sample --prompts-file prompts.txt
 
-    Another one, slowly: latentdiff sample --from outputs/0000-a-red-apple.png --steps 50
+    Another one, slowly: latentdiff sample --from outputs/0000-a-cat-seed0.png --steps 50
 
     Part of a picture: latentdiff sample --prompt "a hat" --init-image cat.png --mask top.png
     """

@@ -12,6 +12,7 @@ from latentdiff.drawing.outofmemory import Drawing, OutOfMemory, advice
 from latentdiff.drawing.request import Plan
 from latentdiff.drawing.series import Picture, Series
 from latentdiff.drawing.wish import Wish
+from latentdiff.lean.weights import read_ahead
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ def load_model(planned: Plan) -> Pipeline:
     Raises:
         ValueError: no such device here, a LoRA of another model, or too little memory.
     """
+    read_ahead(planned.source / name for name in ("unet", "vae", "text_encoder"))
     gc.disable()  # what is imported stays: looking for garbage in it takes 0.2 s
     from latentdiff.devices import resolve_device
     from latentdiff.pipeline import Pipeline

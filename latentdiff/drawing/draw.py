@@ -73,10 +73,10 @@ def _find_there(planned: Plan, resume: bool) -> set[Picture]:
             else:
                 others.append(picture.path)
     if there:
-        _say(f"{len(there)} of {len(planned.pictures)} pictures were there")
+        _say(f"already there: {len(there)} of {len(planned.pictures)} pictures")
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        _say(f"drawn anew, for what is there was drawn otherwise: {others[0]}{more}")
+        _say(f"to be drawn anew, for what is there was drawn otherwise: {others[0]}{more}")
     return there
 
 
@@ -109,7 +109,7 @@ def _draw_missing(
     if request.with_preview:
         from latentdiff.preview import PreviewWriter, projection_of
 
-        colours = projection_of(pipeline.inference().autoencoder)
+        colours = projection_of(pipeline.inference().autoencoder, key=planned.hashing.result())
         preview = PreviewWriter(request.out / "preview.png", colours)
     start = time.monotonic()
     with drawing_bar(len(missing)) as bar:

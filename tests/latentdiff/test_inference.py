@@ -72,7 +72,8 @@ def foreign_model(tiny_model: Path, tmp_path: Path) -> Path:
     unet: Any = UNet2DConditionModel.from_pretrained(str(tiny_model / "unet"))
     config = {**unet.config, "resnet_time_scale_shift": "scale_shift"}
     torch.manual_seed(0)
-    UNet2DConditionModel.from_config(config).save_pretrained(directory / "unet")
+    other: Any = UNet2DConditionModel.from_config(config)
+    other.save_pretrained(directory / "unet")
     return directory
 
 
