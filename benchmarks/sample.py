@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from sample_gpu import MODES, gpu_levers, gpu_memory, gpu_speed
 from sample_levers import approximations, cpu_levers, measure
-from sample_made import made
+from sample_made import made, plain_box
 from sample_peers import Theirs, channels_last
 from sample_process import processes
 from sample_race import Builder, Race, judge, race
@@ -80,13 +80,18 @@ class Plan:
         """The model in the box, or the tiny one."""
         return self.model("tiny") if self.is_quick else PRETRAINED
 
+    @property
+    def plain_box(self) -> Path:
+        """The same with a sampler that is diffusers' own to the last digit."""
+        return self.model("tiny") if self.is_quick else plain_box(self.folder)
+
     def model(self, kind: str, device: str = "cpu") -> Path:
         """A model with random weights; always the tiny one if everything is."""
         return made("tiny" if self.is_quick else kind, self.folder, device)
 
     def jobs(self) -> dict[str, Job]:
         """What is drawn with the model in the box."""
-        return {f"batch {n}": Job.of(self.box, n, self.steps) for n in self.batches}
+        return {f"batch {n}": Job.of(self.plain_box, n, self.steps) for n in self.batches}
 
 
 Measured = Iterator[tuple[str, dict[str, Any]]]  # (name, numbers so far), as they come
@@ -94,7 +99,7 @@ Measured = Iterator[tuple[str, dict[str, Any]]]  # (name, numbers so far), as th
 
 def box(plan: Plan) -> Measured:
     """All ways of drawing with the model in the box, in turns."""
-    model = plan.box
+    model = plan.plain_box
 
     def default() -> Ours:
         ours = Ours(model, best_dtype("cpu"), speed=Speed())
@@ -161,9 +166,9 @@ def sd1(plan: Plan) -> Measured:
 def levers(plan: Plan) -> Measured:
     """One lever at a time, with the model in the box."""
     jobs, rounds = plan.jobs(), plan.rounds
-    exact = measure(cpu_levers(plan.box, plan.options.compile), jobs, rounds)
+    exact = measure(cpu_levers(plan.plain_box, plan.options.compile), jobs, rounds)
     yield "levers", {"jobs": exact, "steps": plan.steps, "device": "cpu"}
-    changed = approximations(plan.box, jobs, rounds, torch.float32, "cpu")
+    changed = approximations(plan.plain_box, jobs, rounds, torch.float32, "cpu")
     yield "approximations", {"jobs": changed, "steps": plan.steps, "device": "cpu"}
 
 

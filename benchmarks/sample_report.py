@@ -41,7 +41,7 @@ def markdown(numbers: Numbers) -> str:
         "# How fast drawing is, beside diffusers",
         "",
         "StableDiffusionPipeline and this project draw the same prompts from the same weights and "
-        "noise, with the scheduler that the model is saved with and as many evaluations of the "
+        "noise, with the same scheduler and as many evaluations of the "
         "U-Net, all guided; in turns, by wall time, medians of the rounds. A ratio counts only "
         "where the pictures agree with those of diffusers in float32: in float32 latents within "
         f"{EXACT_LATENTS:g} (relative) and pixels within {EXACT_PIXELS:g} of 255 on average; in "
