@@ -1,17 +1,21 @@
-"""A whole model in miniature, trained for a few steps on the real pairs of tests/assets."""
+"""A whole model in miniature, trained on the real pairs of tests/assets; and one that is a fake."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from latentdiff.cli import run
 from latentdiff.config import DiffusionRun
+from latentdiff.drawing import costs
 from latentdiff.pipeline import Pipeline
 
 sys.path.insert(0, str(Path(__file__).parent))  # for tinyruns, in test modules too
 
+from fakepipeline import FakePipeline
 from tinyruns import tiny_autoencoder_run, tiny_diffusion_run
 
 
@@ -42,3 +46,25 @@ def tiny_model(tiny_run: DiffusionRun) -> Path:
 @pytest.fixture(scope="session")
 def tiny_pipeline(tiny_model: Path) -> Pipeline:
     return Pipeline.load(tiny_model)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    pipeline = FakePipeline()
+    monkeypatch.setattr(Pipeline, "load", pipeline.load)
+    # test_costs.py has it, with a model that can be measured
+    monkeypatch.setattr(costs, "tell_approximation_cost", lambda *_: None)
+    return pipeline
+
+
+@pytest.fixture
+def sample(fake: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs `latentdiff sample` with the fake into tmp_path/out: (code, printed lines, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, list[str], str]:
+        out = ["--out", str(tmp_path / "out")]
+        code = run(["sample", *out, "--steps", "2", *(str(a) for a in arguments)])
+        said, err = capsys.readouterr()
+        return code, said.splitlines(), err
+
+    return call

@@ -86,3 +86,9 @@ class FakePipeline:
                 )
                 digest = hashlib.sha256(repr(what).encode()).digest()
                 yield index, Image.new("RGB", size, (digest[0], digest[1], digest[2]))
+
+
+def picture(path: Path, size: tuple[int, int] = (64, 64), colour: str = "white") -> Path:
+    """A picture of one colour in a file."""
+    Image.new("RGB", size, colour).save(path)
+    return path

@@ -10,44 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakepipeline import FakePipeline
+from fakepipeline import FakePipeline, picture
 from PIL import Image
 
-from latentdiff.cli import run
-from latentdiff.drawing import costs
 from latentdiff.drawing.stopping import Stop
-from latentdiff.pipeline import Pipeline
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
-    pipeline = FakePipeline()
-    monkeypatch.setattr(Pipeline, "load", pipeline.load)
-    # test_costs.py has it, with a model that can be measured
-    monkeypatch.setattr(costs, "tell_approximation_cost", lambda *_: None)
-    return pipeline
-
-
-@pytest.fixture
-def sample(fake: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs `latentdiff sample` with the fake into tmp_path/out: (code, printed lines, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, list[str], str]:
-        out = ["--out", str(tmp_path / "out")]
-        code = run(["sample", *out, "--steps", "2", *(str(a) for a in arguments)])
-        said, err = capsys.readouterr()
-        return code, said.splitlines(), err
-
-    return call
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def picture(path: Path, size: tuple[int, int] = (64, 64), colour: str = "white") -> Path:
-    Image.new("RGB", size, colour).save(path)
-    return path
 
 
 # What is drawn

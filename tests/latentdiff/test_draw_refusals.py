@@ -8,39 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakepipeline import FakePipeline
-from PIL import Image
-
-from latentdiff.cli import run
-from latentdiff.drawing import costs
-from latentdiff.pipeline import Pipeline
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
-    pipeline = FakePipeline()
-    monkeypatch.setattr(Pipeline, "load", pipeline.load)
-    # test_costs.py has it, with a model that can be measured
-    monkeypatch.setattr(costs, "tell_approximation_cost", lambda *_: None)
-    return pipeline
-
-
-@pytest.fixture
-def sample(fake: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs `latentdiff sample` with the fake into tmp_path/out: (code, printed lines, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, list[str], str]:
-        out = ["--out", str(tmp_path / "out")]
-        code = run(["sample", *out, "--steps", "2", *(str(a) for a in arguments)])
-        said, err = capsys.readouterr()
-        return code, said.splitlines(), err
-
-    return call
-
-
-def picture(path: Path, size: tuple[int, int] = (64, 64), colour: str = "white") -> Path:
-    Image.new("RGB", size, colour).save(path)
-    return path
+from fakepipeline import FakePipeline, picture
 
 
 def test_a_mistake_in_a_line_names_it(sample: Any, fake: FakePipeline, tmp_path: Path) -> None:

@@ -13,12 +13,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from latentdiff.cli import run
 from latentdiff.diffusers_format import PRETRAINED
-from latentdiff.drawing import costs, namedfiles
+from latentdiff.drawing import namedfiles
 from latentdiff.drawing.namedfiles import LoraFile
 from latentdiff.drawing.story import Story, parse_story
 from latentdiff.drawing.wish import Wish
 from latentdiff.pictures import read_texts
-from latentdiff.pipeline import Pipeline
 from latentdiff.speed import Speed
 
 FULL = Story(
@@ -58,15 +57,6 @@ def fresh_hashes() -> None:
     """As in another process."""
     namedfiles.sha256.cache_clear()
     namedfiles.read_picture.cache_clear()
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
-    pipeline = FakePipeline()
-    monkeypatch.setattr(Pipeline, "load", pipeline.load)
-    # test_costs.py has it, with a model that can be measured
-    monkeypatch.setattr(costs, "tell_approximation_cost", lambda *_: None)
-    return pipeline
 
 
 @pytest.fixture
