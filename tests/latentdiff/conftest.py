@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,20 @@ def sample(fake: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str
         return code, said.splitlines(), err
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def plain_signal_stack() -> Iterator[None]:
+    """Undoes what LLVM, which torch.export loads with triton, leaves behind for signals.
+
+    Its alternative stack and pytest's faulthandler do not go together: the next signal that Python
+    handles would be a segmentation fault of the tests' process.
+    """
+    yield
+    if "triton" in sys.modules and sys.platform == "linux":
+        disabled = _SignalStack(None, 2, 0)  # SS_DISABLE
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(disabled), None)
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
